@@ -1,0 +1,1 @@
+"""Shard index, sample order, collation and the LightningDataModule."""

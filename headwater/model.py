@@ -1,0 +1,192 @@
+"""Reader, Encoder, Fusion and Model: what turns signals into meaning, and what is kept after pretraining."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from headwater.spec import Described, plain
+from headwater.tokens import Pooled, Tokens, mean_pool
+from headwater.trunk import Trunk
+
+Signal = Any  # what a reader decodes to: a uint8 picture (H, W, 3), a waveform, a string, an array of actions
+
+
+class Reader(Described):
+    """From the bytes of a sample to tokens. Plain and picklable, no parameters; it travels with the weights.
+
+    extensions: shard members that it reads, the first one present wins. vocab: number of ids, or None for vectors of
+    `features` numbers. assets: constructor arguments that are paths of files which must travel along.
+    """
+
+    extensions: ClassVar[tuple[str, ...]] = ()
+    assets: ClassVar[tuple[str, ...]] = ()
+    features: int = 0
+    vocab: int | None = None
+
+    def member(self, names: Iterable[str]) -> str | None:
+        """The member among `names` that this reader would read, or None."""
+        return next((e for e in self.extensions if e in set(names)), None)
+
+    def decode(self, members: dict[str, bytes]) -> Signal:
+        """Worker: bytes -> native array or str. Raises ValueError or the decoder's own error when it cannot."""
+        raise NotImplementedError(f"{type(self).__name__} does not decode")
+
+    def tokens(self, signal: Signal, view: Tensor | None = None) -> Tokens:
+        """Worker: one sample's tokens, without the row dimension, compact (uint8 where the signal is).
+
+        view: an int64 seed from which a random view is made; None = the plain signal.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no tokens")
+
+    def prepare(self, t: Tokens) -> Tokens:
+        """Device, once per batch: float and normalised."""
+        return t
+
+    def restore(self, t: Tokens) -> Signal:
+        """The inverse of tokens and prepare for one sample (row 0 of a prepared batch): pictures, generation."""
+        raise NotImplementedError(f"{type(self).__name__} does not restore signals")
+
+    def example(self, n: int, seed: int) -> list[Tokens]:
+        """n samples of varied length made from `seed`: what the contract suite trains on."""
+        raise NotImplementedError(f"{type(self).__name__} has no examples")
+
+
+class Encoder(nn.Module, Described):
+    """One modality's tokens -> vectors with meaning: a stem, a trunk, and the head that generation needs.
+
+    Adapters to other libraries override the four verbs; objectives use nothing else.
+    width: D. dim: size of the pooled vector. maskable: forward may be given a subset of the tokens.
+    start: the id that stands before the first token in causal prediction (ids only).
+    """
+
+    maskable: bool = True
+
+    def __init__(self, reader: Reader, trunk: Trunk) -> None:
+        super().__init__()
+        self.reader, self.width, self.dim = reader, trunk.width, trunk.width
+        self.features, self.vocab, self.start = reader.features, reader.vocab, reader.vocab
+        if reader.vocab is None:
+            self.stem: nn.Module = nn.Linear(reader.features, trunk.width)
+        else:
+            self.stem = nn.Embedding(reader.vocab + 1, trunk.width)  # the last row is `start`
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.width, reader.vocab or reader.features)
+
+    def embed(self, raw: Tokens) -> Tokens:
+        """Values -> vectors, tokens do not mix. raw.x: (B, N) ids or (B, N, features) -> (B, N, D)."""
+        return raw._replace(x=self.stem(raw.x))
+
+    def forward(self, t: Tokens, causal: bool = False, condition: Tensor | None = None) -> Tokens:
+        """Embedded tokens, all or some -> contextual tokens, (B, N, D). condition: (B, N or 1, D)."""
+        return self.trunk(t, causal, condition)
+
+    def pool(self, t: Tokens) -> Pooled:
+        """Contextual tokens -> one vector per sample, (S, dim)."""
+        return mean_pool(t)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Contextual vectors (..., D) -> logits (..., vocab) or values (..., features)."""
+        return self.head(x)
+
+
+class Fusion(nn.Module, Described):
+    """Makes modalities aware of each other. Built by the Model with the widths of its encoders.
+
+    widths: modality -> D of what comes out; same keys as the input, unless a fusion says otherwise.
+    """
+
+    def __init__(self, widths: dict[str, int]) -> None:
+        super().__init__()
+        self.widths = dict(widths)
+
+    def forward(self, parts: dict[str, Tokens], causal: bool = False) -> dict[str, Tokens]:
+        """Any subset of the modalities; with causal, no later `order` may reach an earlier one across them."""
+        raise NotImplementedError(f"{type(self).__name__} does not fuse")
+
+
+class Model(nn.Module):
+    """Encoders joined by a fusion: what is kept and exported.
+
+    Args:
+        encoders: name -> Encoder, or the name of a tower of another library ("timm/vit_tiny_patch16_224").
+        fusion: makes the fusion from {name: width}; None = the modalities stay apart.
+        space: size of a shared embedding space: each encoder's pooled vector is projected into it. None = no projection.
+    """
+
+    def __init__(
+        self,
+        encoders: dict[str, Encoder | str],
+        fusion: Callable[[dict[str, int]], Fusion] | None = None,
+        space: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not encoders:
+            raise ValueError("the model has no encoder; name at least one, for example encoders: {image: ...}")
+        made = {name: tower(e) if isinstance(e, str) else e for name, e in encoders.items()}
+        self.encoders = nn.ModuleDict(made)
+        self.fusion = fusion({name: e.width for name, e in made.items()}) if fusion else None
+        self.space = space
+        self.projections = nn.ModuleDict({n: nn.Linear(e.dim, space, bias=False) for n, e in made.items()} if space else {})
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """How to make this model again, as plain data."""
+        parts = {name: plain(e) for name, e in self.encoders.items()}
+        return {"encoders": parts, "fusion": plain(self.fusion), "space": self.space}
+
+    @property
+    def readers(self) -> dict[str, Reader]:
+        """The reader of every encoder."""
+        return {name: e.reader for name, e in self.encoders.items()}
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder of a modality or of a view of it ("image@local0")."""
+        return self.encoders[name.partition("@")[0]]
+
+    def width(self, name: str) -> int:
+        """D of a modality's tokens after fusion."""
+        return self.fusion.widths[name.partition("@")[0]] if self.fusion is not None else self.encoder(name).width
+
+    def dim(self, name: str) -> int:
+        """Size of a modality's pooled vector, in the shared space if there is one."""
+        return self.space or self.encoder(name).dim
+
+    def embed(self, batch: dict[str, Any]) -> dict[str, Tokens]:
+        """Raw tokens of the modalities that have an encoder -> embedded tokens."""
+        return {name: self.encoder(name).embed(t) for name, t in batch.items() if name.partition("@")[0] in self.encoders}
+
+    def encode(
+        self, parts: dict[str, Tokens], causal: bool = False, condition: dict[str, Tensor] | None = None
+    ) -> dict[str, Tokens]:
+        """Each modality alone. condition: modality -> (B, N or 1, D)."""
+        condition = condition or {}
+        return {name: self.encoder(name)(t, causal, condition.get(name)) for name, t in parts.items()}
+
+    def forward(
+        self, parts: dict[str, Tokens], causal: bool = False, condition: dict[str, Tensor] | None = None
+    ) -> dict[str, Tokens]:
+        """Encode, then fuse EMBEDDED tokens."""
+        parts = self.encode(parts, causal, condition)
+        return parts if self.fusion is None else self.fusion(parts, causal)
+
+    def pool(self, name: str, t: Tokens) -> Pooled:
+        """Contextual tokens of one modality, before fusion -> one vector per sample, (S, dim)."""
+        pooled = self.encoder(name).pool(t)
+        return pooled._replace(x=self.projections[name.partition("@")[0]](pooled.x)) if self.space else pooled
+
+
+def tower(name: str) -> Encoder:
+    """The adapter for "library/model", such as "timm/vit_tiny_patch16_224": `headwater.modalities.<library>_tower`."""
+    library, slash, model = name.partition("/")
+    try:
+        make = importlib.import_module(f"headwater.modalities.{library}_tower").make
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"no encoder is called {name!r} ({error}); expected a class such as headwater.modalities.Image or a tower such as "
+            "timm/vit_tiny_patch16_224 or open_clip/ViT-B-32#image"
+        ) from error
+    return make(model)

@@ -1,0 +1,67 @@
+"""Autoregressive prediction in any modality: what comes next, given what came before.
+
+The input of each place is the token before it (a start token first), so that place t, which carries the order of step t,
+sees everything of the other modalities up to t and is asked for step t. For ids this is the language model's loss
+(cross entropy); for vectors the next one is regressed (as AIM does for patches, El-Nouby et al. 2024, arXiv:2401.08541).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from headwater.model import Model
+from headwater.objectives.objective import Batch, Objective, Term, part, score
+from headwater.tokens import Tokens
+
+
+def shift(t: Tokens, start: int | None) -> Tokens:
+    """Each place holds the value before it; the first place of a document holds `start`, or zeros for vectors.
+
+    Padding inside a row would end up as an input, so it is made the start value too.
+    """
+    before = F.pad(t.x, (1, 0) if t.x.ndim == 2 else (0, 0, 1, 0))[:, :-1]
+    first = t.place() == 0
+    first = first if t.x.ndim == 2 else first[..., None]
+    return t._replace(x=torch.where(first, torch.zeros_like(before) if start is None else start, before))
+
+
+class Causal(Objective):
+    """Hides the future of one modality.
+
+    Args:
+        model: its encoder's `unembed` answers, so what is learned here can generate.
+        modality: what is predicted, step by step.
+        prefix: modalities that are known from the beginning and see themselves in both directions (an instruction, a picture).
+        context: modalities that unfold in step with it, by their `order` (frames beside actions).
+    """
+
+    def __init__(
+        self, model: Model, modality: str = "text", prefix: list[str] | None = None, context: list[str] | None = None
+    ) -> None:
+        super().__init__()
+        encoder = model.encoder(modality)
+        self.modality, self.prefix = modality, tuple(prefix or ())
+        self.needs = (modality, *self.prefix, *(context or ()))
+        if len(self.needs) > 1 and model.fusion is None:
+            raise ValueError(f"{modality} is to be predicted from {self.needs[1:]}, but the model has no fusion; add `fusion: ...`")
+        self.ids, self.start_id = encoder.vocab is not None, encoder.start
+
+    def task(self, batch: Batch, hints: None = None) -> Batch:
+        raw = batch[self.modality]
+        known = {k: batch[k]._replace(order=torch.zeros_like(batch[k].place())) for k in self.prefix}
+        return {**batch, **known, self.modality: shift(raw, self.start_id), "answer": raw.x, "asked": raw.real()}
+
+    def numbers(self, batch: Batch) -> dict[str, Tensor]:
+        return {"causal": batch["asked"].sum()}
+
+    def predict(self, model: Model, batch: Batch) -> Tensor:
+        """What the model answers at every place, on what `task` returned: logits (B, N, V) or values (B, N, features)."""
+        y = model(model.embed(part(batch, self.needs)), causal=True)
+        return model.encoder(self.modality).unembed(y[self.modality].x)
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
+        predicted, asked = self.predict(model, batch), batch["asked"]
+        total = (score(predicted, batch["answer"], self.ids) * asked).sum()
+        return {"causal": Term(total, asked.sum())}

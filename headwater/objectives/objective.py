@@ -1,0 +1,86 @@
+"""What an objective is: it hides something, asks the model for it back, and scores the answer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headwater.model import Model
+from headwater.tokens import Tokens
+
+Batch = dict[str, Any]  # modality -> Tokens, "seed" and "sample" (S,) int64, and what `task` adds
+
+
+class Term(NamedTuple):
+    """One part of a loss. total: sum over this rank's targets; number: how many; metrics: detached scalars to log.
+
+    The Pretrainer adds weight * total * world / max(sum of numbers over ranks and micro-batches, 1), so that after the
+    gradient average over ranks every target of the step counts the same, however rows were padded, packed or dealt out.
+    """
+
+    total: Tensor
+    number: Tensor
+    weight: float = 1.0
+    metrics: dict[str, Tensor] = {}
+
+
+class Objective(nn.Module):
+    """Subclasses read widths from the model in __init__, build heads, and keep no reference to it.
+
+    needs: batch keys that are read. coupled: the loss mixes samples, so a batch cannot be cut into micro-batches.
+    """
+
+    needs: tuple[str, ...] = ()
+    coupled: bool = False
+
+    def start(self, model: Model) -> None:
+        """After weights are loaded: copy teachers here."""
+
+    def look(self, model: Model, batch: Batch) -> Any:
+        """Optional, without gradient: what `task` wants to know from the model (attention, scores)."""
+        return None
+
+    def task(self, batch: Batch, hints: Any = None) -> Batch:
+        """Hide: return the batch with masks, noise or targets added. Draws come from the seeds in the batch alone."""
+        return batch
+
+    def numbers(self, batch: Batch) -> dict[str, Tensor]:
+        """How many targets each term of this batch will have, without the model; called on what `task` returned."""
+        raise NotImplementedError(f"{type(self).__name__}.numbers must count the targets of every term")
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
+        """Ask and score."""
+        raise NotImplementedError(f"{type(self).__name__}.forward must return {{name: Term}}")
+
+    def after_step(self, model: Model, step: int) -> None:
+        """Once per optimizer step: moving averages, queues, clamps."""
+
+
+def weighted_sum(terms: dict[str, Term], numbers: dict[str, Tensor], world: int) -> Tensor:
+    """The rank's loss, given how many targets each term has over all ranks and micro-batches of the step."""
+    return torch.stack([t.weight * t.total * world / numbers[name].clamp(min=1) for name, t in terms.items()]).sum()
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over the present slots of each target: (..., D), (..., D) -> (...). Absent slots (NaN) do not count."""
+    present = ~target.isnan()
+    error = (prediction - torch.where(present, target, prediction.detach())).square() * present
+    return error.sum(-1) / present.sum(-1).clamp(min=1)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Per-token cross entropy in nats: (..., V), (...) ids -> (...)."""
+    flat = nn.functional.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), reduction="none")
+    return flat.view(target.shape)
+
+
+def score(prediction: Tensor, target: Tensor, ids: bool) -> Tensor:
+    """Per-token error: cross entropy for ids, squared error for vectors."""
+    return cross_entropy(prediction, target) if ids else squared_error(prediction.float(), target)
+
+
+def part(batch: Batch, names: tuple[str, ...]) -> dict[str, Tokens]:
+    """The Tokens of these modalities."""
+    return {name: batch[name] for name in names}

@@ -1,0 +1,148 @@
+"""The only LightningModule: it trains any model with any objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+
+from headwater import distributed, random
+from headwater.datamodules.collate import split_rows
+from headwater.model import Model
+from headwater.objectives.objective import Batch, Objective, Term, weighted_sum
+from headwater.training.schedules import Cosine
+
+
+class Pretrainer(pl.LightningModule):
+    """One optimizer step = one batch: every term is normalised by its number of targets in the whole step.
+
+    A batch may be cut into `micro` pieces to save memory: numbers are counted over all pieces and all ranks first, so the
+    result equals that of the uncut batch. That is why Lightning's own gradient accumulation is refused.
+
+    Args:
+        backbone: what is trained and exported.
+        objective: built around the backbone; thrown away after training.
+        optimizer: made from parameter groups.
+        schedule: factor on the learning rate as a function of progress.
+        micro: pieces per batch.
+        clip: largest norm of the gradient; 0 = no bound.
+        seed: of everything random outside the data.
+    """
+
+    def __init__(
+        self,
+        backbone: Model,
+        objective: Callable[[Model], Objective],
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Callable[[float], float] = Cosine(),  # noqa: B008  a schedule has no state
+        micro: int = 1,
+        clip: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone, self.objective = backbone, objective(backbone)
+        self.make_optimizer, self.schedule, self.micro, self.clip, self.seed = optimizer, schedule, micro, clip, seed
+        if micro > 1 and self.objective.coupled:
+            raise ValueError(
+                f"micro={micro} cuts the batch, but {type(self.objective).__name__} compares the samples of a batch with one another; "
+                "use micro: 1 and a smaller data.batch_size"
+            )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(decay_groups(self))
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"found trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}; a batch here is the whole optimizer "
+                "step. Set model.micro to cut it into pieces with exact normalisation"
+            )
+        if stage == "fit":
+            check_needs(self.objective, self.trainer.datamodule.provides)
+            self.objective.start(self.backbone)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        torch.manual_seed(random.seed_of(self.seed, self.global_step, self.global_rank))  # dropout too is a function of the step
+        optimizer = self.optimizers()
+        self.apply_schedule(optimizer)
+        optimizer.zero_grad()
+        pieces = [self.hide(piece) for piece in split_rows(batch, self.micro)]
+        numbers = count([self.objective.numbers(piece) for piece in pieces])
+        totals: dict[str, list[Term]] = {name: [] for name in numbers}
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self.trainer.strategy.block_backward_sync():
+                terms = self.objective(self.backbone, piece)
+                self.manual_backward(self.touch_all(weighted_sum(terms, numbers, distributed.world()), last))
+            for name, term in terms.items():
+                totals[name].append(term)
+        if self.clip:
+            self.clip_gradients(optimizer, self.clip, "norm")
+        optimizer.step()
+        self.objective.after_step(self.backbone, self.global_step)
+        self.report(totals, numbers)
+
+    def hide(self, batch: Batch) -> Batch:
+        """The objective's task, without gradient."""
+        with torch.no_grad():
+            return self.objective.task(batch, self.objective.look(self.backbone, batch))
+
+    def touch_all(self, loss: Tensor, last: bool) -> Tensor:
+        """Zero times every parameter: DDP must reduce what only earlier micro-batches used, and learns of it in the last."""
+        if self.micro == 1 or not last or distributed.world() == 1:
+            return loss
+        return loss + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad and p.grad is not None]).sum()
+
+    def apply_schedule(self, optimizer: torch.optim.Optimizer) -> None:
+        progress = self.global_step / max(1, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * self.schedule(progress)
+
+    def report(self, totals: dict[str, list[Term]], numbers: dict[str, Tensor]) -> None:
+        """Log each term's mean over all its targets on all ranks."""
+        sums = distributed.total(torch.stack([sum(t.total.detach().double() for t in terms) for terms in totals.values()]))
+        for name, value in zip(totals, sums, strict=True):
+            self.log(f"train/{name}", (value / numbers[name].clamp(min=1)).float(), prog_bar=True)
+            for key, metric in totals[name][-1].metrics.items():
+                self.log(f"train/{name}/{key}", metric)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluation callbacks read the batch; nothing is scored here."""
+
+    test_step = validation_step
+
+
+def decay_groups(module: nn.Module) -> list[dict]:
+    """Matrices decay; vectors, scalars and embeddings do not. Every trainable parameter is in exactly one group."""
+    still = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim > 1 and id(p) not in still]
+    rest = [p for p in trainable if p.ndim <= 1 or id(p) in still]
+    return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+
+
+def count(numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Targets per term, over pieces and ranks."""
+    names = list(numbers[0])
+    if not names:
+        return {}
+    local = torch.stack([sum(piece[name].double() for piece in numbers) for name in names])
+    return dict(zip(names, distributed.total(local), strict=True))
+
+
+def check_needs(objective: Objective, provides: dict[str, tuple[str, ...]]) -> None:
+    """Every objective, or every part of a weighted one, must find all its modalities in one source."""
+    for name, part in getattr(objective, "parts", {"objective": objective}).items():
+        if not any(set(part.needs) <= set(given) for given in provides.values()):
+            raise ValueError(
+                f"{name} ({type(part).__name__}) needs {', '.join(part.needs)} in one sample, but the data provides "
+                + "; ".join(f"{source}: {', '.join(given)}" for source, given in provides.items())
+                + ". Add shards with these members, or take the objective out"
+            )

@@ -1,0 +1,1 @@
+"""Schedules and callbacks of a run."""
