@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,11 +20,10 @@ class Reader(Described):
     """From the bytes of a sample to tokens. Plain and picklable, no parameters; it travels with the weights.
 
     extensions: shard members that it reads, the first one present wins. vocab: number of ids, or None for vectors of
-    `features` numbers. assets: constructor arguments that are paths of files which must travel along.
+    `features` numbers.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ()
-    assets: ClassVar[tuple[str, ...]] = ()
     features: int = 0
     vocab: int | None = None
 
@@ -49,6 +49,10 @@ class Reader(Described):
     def restore(self, t: Tokens) -> Signal:
         """The inverse of tokens and prepare for one sample (row 0 of a prepared batch): pictures, generation."""
         raise NotImplementedError(f"{type(self).__name__} does not restore signals")
+
+    def files(self) -> dict[str, Path]:
+        """Constructor argument -> the file that it names, for files that must travel with the weights."""
+        return {}
 
     def example(self, n: int, seed: int) -> list[Tokens]:
         """n samples of varied length made from `seed`: what the contract suite trains on."""

@@ -28,7 +28,7 @@ class Pretrainer(pl.LightningModule):
         backbone: what is trained and exported.
         objective: built around the backbone; thrown away after training.
         optimizer: made from parameter groups.
-        schedule: factor on the learning rate as a function of progress.
+        schedule: factor on the learning rate as a function of progress; None = Cosine().
         micro: pieces per batch.
         clip: largest norm of the gradient; 0 = no bound.
         seed: of everything random outside the data.
@@ -39,7 +39,7 @@ class Pretrainer(pl.LightningModule):
         backbone: Model,
         objective: Callable[[Model], Objective],
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Callable[[float], float] = Cosine(),  # noqa: B008  a schedule has no state
+        schedule: Callable[[float], float] | None = None,
         micro: int = 1,
         clip: float = 1.0,
         seed: int = 0,
@@ -47,7 +47,8 @@ class Pretrainer(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone, self.objective = backbone, objective(backbone)
-        self.make_optimizer, self.schedule, self.micro, self.clip, self.seed = optimizer, schedule, micro, clip, seed
+        self.make_optimizer, self.schedule = optimizer, schedule or Cosine()
+        self.micro, self.clip, self.seed = micro, clip, seed
         if micro > 1 and self.objective.coupled:
             raise ValueError(
                 f"micro={micro} cuts the batch, but {type(self.objective).__name__} compares the samples of a batch with one another; "

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from headwater import random
 from headwater.datamodules.collate import Sample, collate
 from headwater.datamodules.index import ShardIndex, load_index
 from headwater.datamodules.order import Order, turn
+from headwater.embedded import place
 from headwater.model import Reader
-
-EMBEDDED = "embedded:"
 
 
 def expand(pattern: str) -> list[str]:
@@ -29,7 +27,7 @@ def expand(pattern: str) -> list[str]:
     shards that ship inside the package.
     """
     found = []
-    for one in _braces(_place(pattern)):
+    for one in _braces(place(pattern)):
         found += sorted(glob.glob(os.path.join(glob.escape(one), "*.tar"))) if os.path.isdir(one) else sorted(glob.glob(one)) or [one]
     missing = [path for path in found if not os.path.isfile(path)]
     if missing or not found:
@@ -39,13 +37,6 @@ def expand(pattern: str) -> list[str]:
             "Make shards with `headwater shard DIR out/`"
         )
     return found
-
-
-def _place(pattern: str) -> str:
-    """Paths into the package for "embedded:NAME"."""
-    if pattern.startswith(EMBEDDED):
-        return str(files("headwater") / "embedded" / pattern.removeprefix(EMBEDDED))
-    return os.path.expanduser(pattern)
 
 
 def _braces(pattern: str) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headwater import random
+from headwater.embedded import place
 from headwater.model import Encoder, Reader
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
@@ -25,7 +26,6 @@ class TextReader(Reader):
     """
 
     extensions = ("txt", "text", "caption")
-    assets = ("tokenizer",)
 
     def __init__(self, tokenizer: str = BYTES, length: int = 77) -> None:
         self.tokenizer, self.length = tokenizer, length
@@ -36,7 +36,7 @@ class TextReader(Reader):
     def _codec(self):
         from tokenizers import Tokenizer
 
-        path = Path(self.tokenizer)
+        path = Path(place(self.tokenizer))
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer {self.tokenizer!r} was not found; expected 'bytes' or the path of a tokenizer.json")
         return Tokenizer.from_file(str(path))
@@ -55,6 +55,9 @@ class TextReader(Reader):
     def restore(self, t: Tokens) -> str:
         ids = [i for i in t.x[0][t.real()[0]].tolist() if i < self.end]
         return bytes(ids).decode(errors="replace") if self.tokenizer == BYTES else self._codec.decode(ids)
+
+    def files(self) -> dict[str, Path]:
+        return {} if self.tokenizer == BYTES else {"tokenizer": Path(place(self.tokenizer))}
 
     def example(self, n: int, seed: int) -> list[Tokens]:
         words = ["a", "dog", "sees", "the", "red", "boat", "and", "sings"]

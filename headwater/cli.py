@@ -1,0 +1,110 @@
+"""`headwater <command>`: training through LightningCLI, the other commands as plain functions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+
+TRAINING = {
+    "fit": "Train a model by a recipe, evaluate it and export its backbone",
+    "validate": "Evaluate a checkpoint on the held-out parts of a recipe",
+    "test": "The same on the test parts",
+    "predict": "Run a checkpoint over the held-out parts and write the pooled features",
+}
+COMMANDS = {
+    "shard": ("headwater.tools.shard:shard", "Make WebDataset shards from a folder tree, an image folder or a manifest"),
+    "inspect": ("headwater.tools.inspect:inspect", "Print what shards hold, and draw it as a page with --html"),
+    "recipes": ("headwater.tools.recipes:recipes", "List the recipes that ship with the package"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; every foreseeable error is one message that says what was found, what was expected and what to do."""
+    given = sys.argv[1:] if arguments is None else arguments
+    command = given[0] if given else "--help"
+    if command in ("-h", "--help"):
+        print(overview())
+    elif command == "--version":
+        from headwater import __version__
+
+        print(__version__)
+    elif command in TRAINING:
+        tidy(train, given)
+    elif command in COMMANDS:
+        tidy(call, given)
+    else:
+        sys.exit(f"headwater: found the command {command!r}; expected one of {', '.join([*TRAINING, *COMMANDS])}")
+
+
+def overview() -> str:
+    """Every command with one line."""
+    lines = {**TRAINING, **{name: line for name, (_, line) in COMMANDS.items()}}
+    width = max(map(len, lines))
+    rows = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
+    return f"usage: headwater COMMAND [OPTIONS]\n\n{rows}\n\nheadwater COMMAND --help tells the options of a command"
+
+
+def tidy(run, given: list[str]) -> None:
+    """Foreseeable errors as one message; HEADWATER_TRACEBACK=1 shows where they arose."""
+    try:
+        run(given)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if os.environ.get("HEADWATER_TRACEBACK"):
+            raise
+        sys.exit(f"headwater: {error}")
+
+
+def call(given: list[str]) -> None:
+    """A command that is a plain function."""
+    from jsonargparse import auto_cli
+
+    module, _, name = COMMANDS[given[0]][0].partition(":")
+    auto_cli(getattr(import_module(module), name), args=given[1:], as_positional=True)
+
+
+def train(given: list[str]) -> None:
+    """A Trainer command."""
+    from headwater.training.cli import run
+
+    run(translate(given))
+
+
+def recipe_path(name: str) -> str:
+    """A recipe by path, or by bare name among those that ship with the package."""
+    if os.path.isfile(name):
+        return name
+    folder = files("headwater") / "configs"
+    shipped = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    if name.removesuffix(".yaml") not in shipped:
+        raise FileNotFoundError(f"found no recipe {name!r}; expected a YAML file or one of {', '.join(shipped)}")
+    return str(folder / f"{name.removesuffix('.yaml')}.yaml")
+
+
+def translate(given: list[str]) -> list[str]:
+    """Short forms of the command line: recipes by bare name, --data FOLDER, --resume with or without a run."""
+    out: list[str] = []
+    rest = [part for one in given for part in (one.split("=", 1) if one.startswith(("--config=", "--data=", "--resume=")) else [one])]
+    while rest:
+        option = rest.pop(0)
+        if option in ("--config", "-c") and rest:
+            out += ["--config", recipe_path(rest.pop(0))]
+        elif option == "--data" and rest:
+            out += ["--data.path", rest.pop(0)]
+        elif option == "--resume":
+            out += ["--resume", rest.pop(0) if rest and not rest[0].startswith("-") else "newest"]
+        else:
+            out.append(option)
+    return out
+
+
+def recipe_name(given: list[str]) -> str:
+    """The bare name of the last recipe on a translated command line."""
+    named = [Path(given[i + 1]).stem for i, part in enumerate(given[:-1]) if part == "--config"]
+    return named[-1] if named else "run"
+
+
+if __name__ == "__main__":
+    main()
