@@ -62,7 +62,14 @@ def call(given: list[str]) -> None:
     from jsonargparse import auto_cli
 
     module, _, name = COMMANDS[given[0]][0].partition(":")
-    auto_cli(getattr(import_module(module), name), args=given[1:], as_positional=True)
+    auto_cli(getattr(import_module(module), name), args=spell_out(given[1:]), as_positional=True)
+
+
+def spell_out(given: list[str]) -> list[str]:
+    """A bare switch such as --overwrite means --overwrite true."""
+    switch = [one.startswith("--") and "=" not in one and one != "--help" for one in given]
+    ends = [i + 1 == len(given) or given[i + 1].startswith("--") for i in range(len(given))]
+    return [f"{one}=true" if bare and end else one for one, bare, end in zip(given, switch, ends)]
 
 
 def train(given: list[str]) -> None:
@@ -85,19 +92,23 @@ def recipe_path(name: str) -> str:
 
 def translate(given: list[str]) -> list[str]:
     """Short forms of the command line: recipes by bare name, --data FOLDER, --resume with or without a run."""
-    out: list[str] = []
-    rest = [part for one in given for part in (one.split("=", 1) if one.startswith(("--config=", "--data=", "--resume=")) else [one])]
+    recipes, out = [], given[:1]  # recipes go first, so that every other option overrides them
+    rest = [
+        part
+        for one in given[1:]
+        for part in (one.split("=", 1) if one.startswith(("--config=", "--data=", "--resume=")) else [one])
+    ]
     while rest:
         option = rest.pop(0)
         if option in ("--config", "-c") and rest:
-            out += ["--config", recipe_path(rest.pop(0))]
+            recipes += ["--config", recipe_path(rest.pop(0))]
         elif option == "--data" and rest:
             out += ["--data.path", rest.pop(0)]
         elif option == "--resume":
             out += ["--resume", rest.pop(0) if rest and not rest[0].startswith("-") else "newest"]
         else:
             out.append(option)
-    return out
+    return [*out[:1], *recipes, *out[1:]]
 
 
 def recipe_name(given: list[str]) -> str:

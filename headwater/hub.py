@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import headwater.fusion  # the classes that a card may name
-import headwater.modalities  # noqa: F401
+import headwater.fusion  # these hold the classes that a card may name
+import headwater.modalities.open_clip_tower
+import headwater.modalities.timm_tower  # noqa: F401
 from headwater import __version__
 from headwater.datamodules.collate import collate
 from headwater.model import Model, Reader

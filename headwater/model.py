@@ -69,6 +69,13 @@ class Encoder(nn.Module, Described):
 
     maskable: bool = True
 
+    reader: Reader
+    width: int
+    dim: int
+    features: int
+    vocab: int | None
+    start: int | None = None
+
     def __init__(self, reader: Reader, trunk: Trunk) -> None:
         super().__init__()
         self.reader, self.width, self.dim = reader, trunk.width, trunk.width
@@ -85,7 +92,10 @@ class Encoder(nn.Module, Described):
         return raw._replace(x=self.stem(raw.x))
 
     def forward(self, t: Tokens, causal: bool = False, condition: Tensor | None = None) -> Tokens:
-        """Embedded tokens, all or some -> contextual tokens, (B, N, D). condition: (B, N or 1, D)."""
+        """Embedded tokens, all or some -> contextual tokens, (B, N, D). condition: (B, N or 1, D).
+
+        A tower with class or register tokens returns them behind the N it was given, so that places stay what they were.
+        """
         return self.trunk(t, causal, condition)
 
     def pool(self, t: Tokens) -> Pooled:
@@ -149,6 +159,8 @@ class Model(nn.Module):
 
     def encoder(self, name: str) -> Encoder:
         """The encoder of a modality or of a view of it ("image@local0")."""
+        if name.partition("@")[0] not in self.encoders:
+            raise ValueError(f"the model has no encoder for {name!r}; it has {', '.join(self.encoders)}. Add one to `encoders`")
         return self.encoders[name.partition("@")[0]]
 
     def width(self, name: str) -> int:
@@ -157,7 +169,8 @@ class Model(nn.Module):
 
     def dim(self, name: str) -> int:
         """Size of a modality's pooled vector, in the shared space if there is one."""
-        return self.space or self.encoder(name).dim
+        encoder = self.encoder(name)
+        return self.space or encoder.dim
 
     def embed(self, batch: dict[str, Any]) -> dict[str, Tokens]:
         """Raw tokens of the modalities that have an encoder -> embedded tokens."""
@@ -185,7 +198,7 @@ class Model(nn.Module):
 
 def tower(name: str) -> Encoder:
     """The adapter for "library/model", such as "timm/vit_tiny_patch16_224": `headwater.modalities.<library>_tower`."""
-    library, slash, model = name.partition("/")
+    library, _, model = name.partition("/")
     try:
         make = importlib.import_module(f"headwater.modalities.{library}_tower").make
     except ModuleNotFoundError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ from headwater import distributed, random
 from headwater.datamodules.collate import split_rows
 from headwater.model import Model
 from headwater.objectives.objective import Batch, Objective, Term, weighted_sum
+from headwater.tokens import Tokens
 from headwater.training.schedules import Cosine
 
 
@@ -76,13 +77,14 @@ class Pretrainer(pl.LightningModule):
         pieces = [self.hide(piece) for piece in split_rows(batch, self.micro)]
         numbers = count([self.objective.numbers(piece) for piece in pieces])
         totals: dict[str, list[Term]] = {name: [] for name in numbers}
-        for number, piece in enumerate(pieces):
-            last = number == len(pieces) - 1
-            with nullcontext() if last else self.trainer.strategy.block_backward_sync():
-                terms = self.objective(self.backbone, piece)
-                self.manual_backward(self.touch_all(weighted_sum(terms, numbers, distributed.world()), last))
-            for name, term in terms.items():
-                totals[name].append(term)
+        with explain_memory(batch):
+            for number, piece in enumerate(pieces):
+                last = number == len(pieces) - 1
+                with nullcontext() if last else self.trainer.strategy.block_backward_sync():
+                    terms = self.objective(self.backbone, piece)
+                    self.manual_backward(self.touch_all(weighted_sum(terms, numbers, distributed.world()), last))
+                for name, term in terms.items():
+                    totals[name].append(term)
         if self.clip:
             self.clip_gradients(optimizer, self.clip, "norm")
         optimizer.step()
@@ -114,10 +116,35 @@ class Pretrainer(pl.LightningModule):
             for key, metric in totals[name][-1].metrics.items():
                 self.log(f"train/{name}/{key}", metric)
 
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Pooled vectors of every modality, {"sample": (S,), modality: (S, dim)}; zeros where a sample lacks it."""
+        encoded = self.backbone.encode(self.backbone.embed(batch))
+        out = {"sample": batch["sample"]}
+        for name, t in encoded.items():
+            pooled = self.backbone.pool(name, t)
+            out[name] = pooled.x.new_zeros(len(batch["sample"]), pooled.x.shape[-1]).index_copy(0, pooled.sample, pooled.x)
+        return out
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluation callbacks read the batch; nothing is scored here."""
 
     test_step = validation_step
+
+
+@contextmanager
+def explain_memory(batch: Batch) -> Iterator[None]:
+    """Out of memory names the batch, its tokens and what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        shapes = {name: tuple(t.position.shape[:2]) for name, t in batch.items() if isinstance(t, Tokens)}
+        raise MemoryError(
+            f"out of memory with {len(batch['sample'])} samples on this rank, tokens (rows, length): {shapes}. Lower data.batch_size, "
+            "raise model.micro (pieces per batch, same result), or shorten the signals (size, frames, seconds or length of the "
+            f"encoders). The allocator said: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def decay_groups(module: nn.Module) -> list[dict]:

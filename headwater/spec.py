@@ -14,8 +14,9 @@ class Described:
     def __new__(cls, *args: Any, **kwargs: Any):
         """Record the arguments; unpickling and copying call this without any and bring the spec along."""
         made = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs).arguments
-        given = {name: plain(value) for name, value in list(bound.items())[1:]}
+        bound = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs)
+        bound.apply_defaults()  # a default that changes later must not change a model that was saved
+        given = {name: plain(value) for name, value in list(bound.arguments.items())[1:]}
         object.__setattr__(made, "spec", {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": given})
         return made
 

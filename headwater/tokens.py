@@ -6,6 +6,7 @@ Letters used in every shape: B rows, N tokens, D features or width, P coordinate
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -104,8 +105,8 @@ def cat(parts: Sequence[Tokens]) -> Tokens:
 
 def split(t: Tokens, lengths: Sequence[int]) -> list[Tokens]:
     """Undo `cat`: cut N into pieces of these lengths."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    return [t.map(lambda field, i=i, j=j: field[:, i:j]) for i, j in zip(ends[:-1], ends[1:], strict=True)]
+    ends = accumulate(lengths)
+    return [t.map(lambda field, n=n, end=end: field[:, end - n : end]) for n, end in zip(lengths, ends, strict=True)]
 
 
 def attention_mask(q: Tokens, k: Tokens, causal: bool = False) -> Mask:

@@ -147,6 +147,7 @@ class Trunk(nn.Module, Described):
         elif self.position == "rotary" and self.blocks:
             angle = rotary(t.position, self.width // self.blocks[0].attn.heads)
         mask = attention_mask(t, t, causal)
+        condition = None if condition is None else condition.to(x.dtype)
         for block in self.blocks:
             x = block(x, mask, angle, condition)
         return t._replace(x=self.norm(x))

@@ -29,7 +29,9 @@ def assign(samples: Sequence[Sample], limits: dict[str, int]) -> list[list[int]]
     for number, sample in enumerate(samples):
         need = {name: t.position.shape[0] for name, t in sample.items() if name in limits}
         if over := {name: n for name, n in need.items() if n > limits[name]}:
-            raise ValueError(f"a sample has {over} tokens, more than a packed row may hold ({limits}); raise the limit or cut the reader")
+            raise ValueError(
+                f"a sample has {over} tokens, more than a packed row may hold ({limits}); raise the limit or cut the reader"
+            )
         row = next((r for r, room in enumerate(free) if all(room[name] >= n for name, n in need.items())), None)
         if row is None:
             row = len(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _loader(self, data: ShardDataset) -> DataLoader:
         workers = min(self.workers, data.steps or self.workers)
-        return DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+        return DataLoader(data, None, num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Take the list of faults out of the batch and stop when there are too many."""
@@ -110,6 +111,12 @@ class ShardDataModule(pl.LightningDataModule):
             name: readers[name.partition("@")[0]].prepare(value) if isinstance(value, Tokens) else value
             for name, value in batch.items()
         }
+
+
+def outlive_signals(worker: int) -> None:
+    """A scheduler signals every process of a job; the main one finishes its step and then ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def folder(path: str) -> tuple[dict[str, Source], dict[str, Source]]:

@@ -54,6 +54,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def index_path(tar: str | Path) -> Path:
+    """Where the index of a tar lies."""
     return Path(f"{tar}.idx")
 
 
@@ -74,6 +75,9 @@ def scan(tar: str | Path) -> ShardIndex:
                     faults.append(f"{tar}: {member.name} appears twice; the first one is kept")
                 else:
                     rows[key][extension] = (member.offset_data, member.size)
+            archive.fileobj.seek(archive.offset)  # tarfile takes every bad header but the first for the end
+            if archive.offset <= total and archive.fileobj.read(BLOCK) != bytes(BLOCK):
+                faults.append(f"{tar}: damaged or cut at byte {archive.offset}; {len(rows)} samples before that are kept")
     except tarfile.ReadError as error:
         faults.append(f"{tar}: {error}; {len(rows)} samples before that are kept")
     cut = {split_name(f.split(": ", 1)[1].split(" is cut off")[0])[0] for f in faults if " is cut off" in f}

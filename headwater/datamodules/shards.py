@@ -28,7 +28,9 @@ def expand(pattern: str) -> list[str]:
     """
     found = []
     for one in _braces(place(pattern)):
-        found += sorted(glob.glob(os.path.join(glob.escape(one), "*.tar"))) if os.path.isdir(one) else sorted(glob.glob(one)) or [one]
+        found += (
+            sorted(glob.glob(os.path.join(glob.escape(one), "*.tar"))) if os.path.isdir(one) else sorted(glob.glob(one)) or [one]
+        )
     missing = [path for path in found if not os.path.isfile(path)]
     if missing or not found:
         where = missing[0] if missing else pattern

@@ -61,6 +61,12 @@ class Retrieval(pl.Callback):
                         ranked = self._direction(source, (query, whole[query]), (gallery, whole[gallery]))
                         self._show(source, query, gallery, whole, ranked, self._signals.get(number, {}))
 
+    on_test_epoch_start, on_test_batch_end, on_test_epoch_end = (
+        on_validation_epoch_start,
+        on_validation_batch_end,
+        on_validation_epoch_end,
+    )
+
     def _direction(self, source: str, query: tuple[str, list[Tensor]], gallery: tuple[str, list[Tensor]]) -> Tensor:
         """Score one direction; returns the sample ids (queries, k) of the nearest. Each side: name, [ids, vectors, prints]."""
         (ids_q, q, _), (ids_g, g, prints) = query[1], gallery[1]

@@ -55,6 +55,12 @@ class NextStep(pl.Callback):
             name = trainer.datamodule.validation[number].name
             self.results.append(compare(name, self.objective.modality, sample, predicted, answer))
 
+    on_test_epoch_start, on_test_batch_end, on_test_epoch_end = (
+        on_validation_epoch_start,
+        on_validation_batch_end,
+        on_validation_epoch_end,
+    )
+
 
 def wide(x: Tensor, width: int = 256) -> Tensor:
     """(B, N) -> (B, width), filled with -1, so that batches of different length can be joined."""
@@ -69,4 +75,6 @@ def compare(source: str, modality: str, sample: Tensor, predicted: Tensor, answe
     right = (predicted == answer)[real].numpy().astype(float)
     trivial = {"majority": (answer[real] == common).double().mean(), "repeat last": (last == answer)[real].double().mean()}
     low, high = interval(right, np.repeat(sample.numpy(), real.sum(1).numpy()))
-    return Result(source, f"{modality} accuracy", float(right.mean()), low, high, {k: float(v) for k, v in trivial.items()}, len(right))
+    return Result(
+        source, f"{modality} accuracy", float(right.mean()), low, high, {k: float(v) for k, v in trivial.items()}, len(right)
+    )

@@ -50,7 +50,9 @@ class ActionReader(Reader):
     def _ids(self, steps: np.ndarray) -> Tensor:
         if not np.issubdtype(steps.dtype, np.integer) or steps.ndim != 1 or steps.min() < 0 or steps.max() >= self.choices:
             span = f" from {steps.min()} to {steps.max()}"
-            raise ValueError(f"found actions {steps.dtype} {steps.shape}{span}; expected whole numbers (T,) from 0 to {self.choices - 1}")
+            raise ValueError(
+                f"found actions {steps.dtype} {steps.shape}{span}; expected whole numbers (T,) from 0 to {self.choices - 1}"
+            )
         return torch.from_numpy(steps.astype(np.int64))
 
     def _vectors(self, steps: np.ndarray) -> Tensor:

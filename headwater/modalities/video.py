@@ -28,7 +28,9 @@ class VideoReader(Reader):
 
     def __init__(self, size: int = 64, patch: int = 8, frames: int = 16, stride: int = 1, tubelet: int = 1) -> None:
         if size % patch:
-            raise ValueError(f"frame size {size} is not a multiple of patch {patch}; choose for example size {size // patch * patch}")
+            raise ValueError(
+                f"frame size {size} is not a multiple of patch {patch}; choose for example size {size // patch * patch}"
+            )
         self.size, self.patch, self.frames, self.stride, self.tubelet = size, patch, frames, stride, tubelet
         self.features = tubelet * patch * patch * 3
 
@@ -48,7 +50,7 @@ class VideoReader(Reader):
 
     def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
         """signal: uint8 (T, H, W, 3) or a list of pictures; the last frame is repeated to fill a tubelet."""
-        frames = torch.stack([fit(torch.from_numpy(np.array(rgb(f))).permute(2, 0, 1), self.size) for f in signal[: self.frames]])
+        frames = torch.stack([fit(rgb(f), self.size) for f in signal[: self.frames]])
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % self.tubelet, -1, -1, -1)])
         side = self.size // self.patch
         position = grid(len(frames) // self.tubelet, side, side)
@@ -81,7 +83,5 @@ class Video(Encoder):
         tubelet: frames per tubelet.
     """
 
-    def __init__(
-        self, trunk: Trunk, size: int = 64, patch: int = 8, frames: int = 16, stride: int = 1, tubelet: int = 1
-    ) -> None:
+    def __init__(self, trunk: Trunk, size: int = 64, patch: int = 8, frames: int = 16, stride: int = 1, tubelet: int = 1) -> None:
         super().__init__(VideoReader(size, patch, frames, stride, tubelet), trunk)

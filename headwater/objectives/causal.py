@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwater.model import Model
-from headwater.objectives.objective import Batch, Objective, Term, part, score
+from headwater.objectives.objective import Batch, Objective, Term, check_context, part, score
 from headwater.tokens import Tokens
 
 
@@ -44,8 +44,7 @@ class Causal(Objective):
         encoder = model.encoder(modality)
         self.modality, self.prefix = modality, tuple(prefix or ())
         self.needs = (modality, *self.prefix, *(context or ()))
-        if len(self.needs) > 1 and model.fusion is None:
-            raise ValueError(f"{modality} is to be predicted from {self.needs[1:]}, but the model has no fusion; add `fusion: ...`")
+        check_context(model, modality, self.needs[1:])
         self.ids, self.start_id = encoder.vocab is not None, encoder.start
 
     def task(self, batch: Batch, hints: None = None) -> Batch:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headwater import random
 from headwater.model import Model
-from headwater.objectives.objective import Batch, Objective, Term, part, squared_error
+from headwater.objectives.objective import Batch, Objective, Term, check_context, part, squared_error
 from headwater.trunk import sincos
 
 
@@ -34,6 +34,7 @@ class Flow(Objective):
             raise ValueError(f"the trunk of {modality} takes no time; set `trunk.conditional: true` on its encoder")
         self.modality, self.width, self.spread = modality, encoder.width, spread
         self.needs = (modality, *(context or ()))
+        check_context(model, modality, self.needs[1:])
 
     def task(self, batch: Batch, hints: None = None) -> Batch:
         raw = batch[self.modality]

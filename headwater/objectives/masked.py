@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headwater import random
 from headwater.model import Model
-from headwater.objectives.objective import Batch, Objective, Term, part, score
+from headwater.objectives.objective import Batch, Objective, Term, check_context, part, score
 from headwater.tokens import Tokens, cat
 from headwater.trunk import Trunk
 
@@ -82,6 +82,7 @@ class Masked(Objective):
             raise ValueError(f"found ratio {ratio}; expected a share between 0 and 1, for example 0.75")
         self.modality, self.ratio, self.mode, self.normalize = modality, ratio, mode, normalize
         self.needs = (modality, *(context or ()))
+        check_context(model, modality, self.needs[1:])
         self.ids = encoder.vocab is not None
         drop = mode == "drop"
         inner = width if drop else model.width(modality)
@@ -109,7 +110,9 @@ class Masked(Objective):
     def _target(self, x: Tensor) -> Tensor:
         if self.ids or not self.normalize:
             return x
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+        away = x - x.nanmean(-1, keepdim=True)  # of the present slots
+        spread = away.square().nansum(-1, keepdim=True) / ((~x.isnan()).sum(-1, keepdim=True) - 1).clamp(min=1)
+        return away / (spread + 1e-6).sqrt()
 
     def _drop(self, model: Model, batch: Batch, index: Tensor, asked: Tensor | None, even: bool) -> Tensor:
         """Features (B, K, inner) at the hidden places, of an encoder that saw the others."""

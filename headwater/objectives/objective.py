@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,15 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def score(prediction: Tensor, target: Tensor, ids: bool) -> Tensor:
     """Per-token error: cross entropy for ids, squared error for vectors."""
     return cross_entropy(prediction, target) if ids else squared_error(prediction.float(), target)
+
+
+def check_context(model: Model, modality: str, others: Sequence[str]) -> None:
+    """Other modalities can only help where a fusion brings them in."""
+    if others and model.fusion is None:
+        raise ValueError(
+            f"{modality} is to be predicted with the help of {', '.join(others)}, but the model has no fusion; "
+            "add one, for example --model.backbone.fusion JointTokens, or leave the others out"
+        )
 
 
 def part(batch: Batch, names: tuple[str, ...]) -> dict[str, Tokens]:

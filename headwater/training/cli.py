@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
+import re
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import torch
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import save_file
 
-import headwater.evaluation
-import headwater.fusion
-import headwater.modalities
-import headwater.objectives  # noqa: F401  classes that recipes name by their bare name
+from headwater import evaluation, fusion, modalities, objectives  # importing them lets recipes name their classes barely
 from headwater.cli import recipe_name
 from headwater.datamodules.datamodule import ShardDataModule
 from headwater.pretrainer import Pretrainer
 from headwater.training.metrics import MetricsFile
 from headwater.training.progress import Progress
-from headwater.training.run import LAST, RunFolder, new_folder, unfinished
+from headwater.training.run import LAST, RunFolder, new_folder, results_of, show, unfinished
 
 FOLDER = "HEADWATER_RUN"  # tells the other ranks of a run which folder the first one made
 
@@ -48,13 +51,19 @@ class HeadwaterCLI(LightningCLI):
                 "enable_checkpointing": False,
                 "use_distributed_sampler": False,
             },
-            args=given,
         )
+
+    def init_parser(self, **kwargs):
+        """Errors come back as exceptions: `headwater.cli` prints them as one message."""
+        return super().init_parser(exit_on_error=False, **kwargs)
 
     def add_arguments_to_parser(self, parser) -> None:
         """--resume, --runs and --checkpoint_every beside Lightning's own."""
-        parser.add_argument("--resume", type=str | None, default=None, help="go on with the newest unfinished run, or with this one")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="go on with the newest unfinished run, or with this one"
+        )
         parser.add_argument("--runs", type=str, default="runs", help="folder of all run folders")
+        parser.add_argument("--out", type=str, default="predictions", help="folder that `predict` writes to")
         parser.add_argument("--checkpoint_every", type=int, default=200, help="steps between checkpoints")
 
     def before_instantiate_classes(self) -> None:
@@ -95,7 +104,10 @@ class HeadwaterCLI(LightningCLI):
             raise ValueError(f"--resume found no run folder {folder}; expected one such as {root / recipe / '000'}")
         checkpoint = folder / LAST
         if not _later_rank():
-            print(f"resuming {folder} " + (f"from {checkpoint}" if checkpoint.exists() else "from its start: it has no checkpoint yet"))
+            print(
+                f"resuming {folder} "
+                + (f"from {checkpoint}" if checkpoint.exists() else "from its start: it has no checkpoint yet")
+            )
         return folder, checkpoint if checkpoint.exists() else None
 
     def instantiate_trainer(self, **kwargs):
@@ -108,6 +120,24 @@ class HeadwaterCLI(LightningCLI):
         if self.config_init[self.subcommand].trainer.logger is None:
             kwargs["logger"] = [MetricsFile(self.folder), TensorBoardLogger(self.folder, name="", version="tensorboard")]
         return super().instantiate_trainer(**kwargs)
+
+    def after_validate(self) -> None:
+        """Print the held-out figures."""
+        if self.trainer.is_global_zero:
+            show(results_of(self.trainer), dict(self.datamodule.faults))
+
+    after_test = after_validate
+
+    def predict(self, **kwargs) -> None:
+        """Write each held-out source's sample ids and pooled vectors."""
+        every = self.trainer.predict(**kwargs)
+        batches = every if len(self.datamodule.validation) > 1 else [every]
+        target = Path(self.config[self.subcommand].out)
+        target.mkdir(parents=True, exist_ok=True)
+        for source, made in zip(self.datamodule.validation, batches):
+            columns = {name: torch.cat([batch[name] for batch in made]).contiguous() for name in made[0]}
+            save_file(columns, str(target / f"{source.name}.safetensors"))
+            print(f"{target / source.name}.safetensors: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
 
     def after_fit(self) -> None:
         """Evaluate on the held-out parts and end the run folder."""
@@ -123,9 +153,27 @@ def _later_rank() -> bool:
 
 
 def run(given: list[str]) -> None:
-    """Parse and run; `given` starts with the command."""
+    """Parse and run; `given` starts with the command. Other ranks are started with the same sys.argv."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*Total length of.*")
-    sys.argv = [sys.argv[0]]  # LightningCLI warns when it finds arguments in both places
-    HeadwaterCLI(given)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    sys.argv[1:] = given
+    try:
+        HeadwaterCLI(given)
+    except ArgumentError as error:
+        raise ValueError(explain(str(error))) from error
+
+
+def explain(message: str) -> str:
+    """What would have been accepted, for a class or option that is not."""
+    if option := re.search(r"Option '([^']+)' is not accepted.*?class_path='([^']+)'", message, re.DOTALL):
+        module, _, name = option[2].rpartition(".")
+        accepted = ", ".join(list(inspect.signature(getattr(import_module(module), name).__init__).parameters)[1:])
+        return f"found the option {option[1]!r} for {name}; expected one of: {accepted}"
+    if key := re.search(r"Key '([^']+)' is not expected|Unrecognized arguments: (\S+)", message):
+        return f"found {key[1] or key[2]}, which is no setting; `headwater fit --help` lists all. ({message.strip()})"
+    if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
+        every = [n for m in (modalities, fusion, objectives, evaluation) for n in m.__all__]
+        return f"found the class {unknown[1]!r}; expected a dotted path of your own class or one of: {', '.join(every)}. ({message.strip()})"
+    return message

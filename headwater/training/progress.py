@@ -9,8 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 
-from headwater.tokens import Tokens
-
 
 class Progress(LightningProgressBar):
     """On a terminal one table that is redrawn; elsewhere a line every `seconds`.
@@ -77,8 +75,3 @@ class Progress(LightningProgressBar):
         for name, value in self._losses(trainer).items():
             table.add_row(name, f"{value:.4f}")
         return Group(ProgressBar(total=trainer.max_steps, completed=trainer.global_step, width=60), table)
-
-
-def tokens_of(batch: dict) -> dict[str, tuple[int, ...]]:
-    """Modality -> (rows, tokens) of a batch."""
-    return {name: tuple(t.position.shape[:2]) for name, t in batch.items() if isinstance(t, Tokens)}

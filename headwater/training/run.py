@@ -87,7 +87,7 @@ class RunFolder(pl.Callback):
 
     def finish(self, trainer: pl.Trainer) -> dict[str, Any]:
         """After evaluation: pictures, what was skipped, and the summary that marks the run as finished."""
-        results = [r for callback in trainer.callbacks for r in getattr(callback, "results", ())]
+        results = results_of(trainer)
         faults = trainer.datamodule.faults
         summary = {
             "step": trainer.global_step,
@@ -108,17 +108,25 @@ class RunFolder(pl.Callback):
         partial = self.folder / f"{SUMMARY}.partial"
         partial.write_text(json.dumps(summary, indent=2))
         os.replace(partial, self.folder / SUMMARY)
-        show(self.folder, results, summary["skipped"])
+        show(results, summary["skipped"])
+        print(f"run folder: {self.folder}")
         return summary
 
 
-def show(folder: Path, results: list[Result], skipped: dict[str, int]) -> None:
+def results_of(trainer: pl.Trainer) -> list[Result]:
+    """The figures of every evaluation callback."""
+    return [r for callback in trainer.callbacks for r in getattr(callback, "results", ())]
+
+
+def show(results: list[Result], skipped: dict[str, int]) -> None:
     """Print the table of held-out figures against what needs no learning, and what was skipped."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if os.isatty(1) else 110)
-    table = Table("held-out part", "metric", "value", "95 % interval", "against", "n", title="Held-out evaluation", title_justify="left")
+    table = Table(
+        "held-out part", "metric", "value", "95 % interval", "against", "n", title="Held-out evaluation", title_justify="left"
+    )
     for r in results:
         against = ", ".join(f"{name} {value:.3f}" for name, value in r.against.items())
         table.add_row(r.source, r.metric, f"{r.value:.3f}", f"{r.low:.3f} - {r.high:.3f}", against, str(r.n))
@@ -128,6 +136,3 @@ def show(folder: Path, results: list[Result], skipped: dict[str, int]) -> None:
         console.print(f"{sum(skipped.values())} members could not be used and were skipped:", style="yellow")
         for fault, times in list(skipped.items())[:20]:
             console.print(f"  {fault}" + (f" ({times} times)" if times > 1 else ""), markup=False)
-    console.print(f"run folder: {folder}", markup=False)
-
-

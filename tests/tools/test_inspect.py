@@ -13,7 +13,9 @@ import soundfile
 from PIL import Image
 
 from headwater.datamodules.writer import ShardWriter
-from headwater.tools.inspect import describe, inspect, page, pick, plot
+from headwater.tools.decode import ShardSet, describe, pick
+from headwater.tools.inspect import inspect
+from headwater.tools.page import page, plot
 
 
 def encoded(mode: str, form: str, size: tuple[int, int] = (20, 10)) -> bytes:
@@ -144,7 +146,6 @@ def test_nothing_found_is_an_error(tmp_path):
 
 def test_large_images_become_thumbnails(tmp_path):
     from headwater.datamodules.index import load_index
-    from headwater.tools.inspect import ShardSet
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8))
     buffer = io.BytesIO()

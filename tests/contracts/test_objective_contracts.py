@@ -1,0 +1,188 @@
+"""What every exported objective keeps, whatever it hides."""
+
+import copy
+
+import pytest
+import torch
+from contracts import cases
+from torch.testing import assert_close
+
+from headwater import objectives
+from headwater.tokens import Tokens
+
+every = pytest.mark.parametrize("name", cases.OBJECTIVES)
+
+# Why a parameter of the model may go without gradient from one objective; all objectives together must reach every one.
+EXCUSES = {
+    ".head.": "answers only generative objectives",
+    ".modulation.": "wakes only when a condition comes in",
+    "projections.": "used only where samples are pooled",
+    "fusion.": "left out where fused features would leak the pair",
+}
+
+
+@pytest.fixture(scope="module")
+def made():
+    """name -> (model, objective, samples): built once per objective and never changed."""
+    built = {}
+
+    def make(name):
+        if name not in built:
+            model = cases.model()
+            built[name] = model, cases.objective(name, model), cases.examples(model.readers)
+        return built[name]
+
+    return make
+
+
+def totals(made, name, *args, **kwargs):
+    model, objective, samples = made(name)
+    found, _ = cases.terms(objective, model, cases.batch(model.readers, samples, *args, **kwargs))
+    return {k: (t.total.detach().double(), t.number) for k, t in found.items()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert_close(a[k], b[k], rtol=1e-5, atol=1e-5)
+
+
+def test_every_export_has_a_case():
+    swept = {type(cases.objective(name, cases.model())).__name__ for name in cases.OBJECTIVES}
+    assert set(objectives.__all__) - {"Objective", "Term"} <= swept
+
+
+def backward(name, made):
+    model, objective, samples = made(name)
+    model, objective = copy.deepcopy((model, objective))
+    found, _ = cases.terms(objective, model, cases.batch(model.readers, samples))
+    cases.loss(found).backward()
+    return model, objective
+
+
+def lacking(module):
+    return {n for n, p in module.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()}
+
+
+@every
+def test_loss_is_finite_and_numbers_need_no_model(name, made):
+    model, objective, samples = made(name)
+    found, task = cases.terms(objective, model, cases.batch(model.readers, samples))
+    assert cases.loss(found).isfinite()
+    assert all(t.number > 0 for t in found.values())
+    assert {k: int(n) for k, n in objective.numbers(task).items()} == {k: int(t.number) for k, t in found.items()}
+
+
+@every
+def test_every_parameter_gets_a_gradient(name, made):
+    model, objective = backward(name, made)
+    assert not lacking(objective)
+    others = set(model.encoders) - set(objective.needs)
+    absent = {n for n in lacking(model) if not others & set(n.split("."))}
+    assert {n for n in absent if not any(e in f"{n}." for e in EXCUSES)} == set()
+
+
+def test_all_objectives_together_reach_every_parameter_of_the_model(made):
+    assert set.intersection(*(lacking(backward(name, made)[0]) for name in cases.OBJECTIVES)) == set()
+
+
+@every
+def test_only_needs_is_read(name, made):
+    model, objective, samples = made(name)
+    full = cases.batch(model.readers, samples)
+    part = {k: full[k] for k in (*objective.needs, "seed", "sample")}
+    a, b = (cases.loss(cases.terms(objective, model, given)[0]) for given in (full, part))
+    assert_close(a, b, rtol=0, atol=0)
+
+
+@every
+def test_the_task_is_a_function_of_the_seed_alone(name, made):
+    model, objective, samples = made(name)
+    tasks = []
+    for salt in (0, 0, 1):
+        torch.manual_seed(len(tasks))  # nothing may come from the global generator
+        tasks.append(cases.terms(objective, model, cases.batch(model.readers, samples, salt=salt))[1])
+    a, again, other = ([x for k, x in flat(task) if k not in ("seed", "sample")] for task in tasks)
+    assert all(torch.equal(x, y) for x, y in zip(a, again, strict=True))
+    blind = cases.batch(model.readers, samples)
+    blind.pop("seed")
+    try:
+        objective.task(blind)
+    except KeyError:  # it draws, so another seed gives another task
+        assert any(not torch.equal(x, y) for x, y in zip(a, other, strict=True))
+    else:
+        assert all(torch.equal(x, y) for x, y in zip(a, other, strict=True))
+
+
+def flat(value, name=""):
+    """(name, tensor) of everything in a batch; NaN is made a number so that it equals itself."""
+    if isinstance(value, Tokens):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return [leaf for k, v in sorted(value.items()) for leaf in flat(v, k)]
+    return [] if value is None else [(name, value.nan_to_num(nan=-77.0) if value.is_floating_point() else value)]
+
+
+@every
+def test_one_batch_is_learned_by_heart(name, made):
+    model, objective, samples = copy.deepcopy(made(name))
+    given = cases.batch(model.readers, samples)
+    step = torch.optim.Adam([*model.parameters(), *objective.parameters()], lr=1e-2)
+    first = None
+    for _ in range(40):
+        value = cases.loss(cases.terms(objective, model, given)[0])
+        first = value.item() if first is None else first
+        step.zero_grad()
+        value.backward()
+        step.step()
+    assert value.item() < 0.75 * first
+
+
+@every
+def test_padding_is_invisible(name, made):
+    model, objective, samples = made(name)
+    plain = cases.batch(model.readers, samples)
+    padded = {k: pad(v, model.readers[k]) if isinstance(v, Tokens) else v for k, v in plain.items()}
+    a, b = (cases.terms(objective, model, given)[0] for given in (plain, padded))
+    for k in a:
+        assert_close(a[k].total, b[k].total, rtol=1e-5, atol=1e-5)
+        assert a[k].number == b[k].number
+
+
+def pad(t, reader):
+    """Three more places per row, full of rubbish that is marked as such."""
+    rows = t.position.shape[0]
+    rubbish = t.map(lambda f: f.new_ones(rows, 3, *f.shape[2:]))
+    value = 3 if reader.vocab else 1e3
+    rubbish = rubbish._replace(x=torch.full_like(rubbish.x, value), valid=torch.zeros(rows, 3, dtype=torch.bool))
+    return Tokens(*(None if f is None else torch.cat([f, g], 1) for f, g in zip(t, rubbish, strict=True)))
+
+
+@every
+def test_packing_equals_rows(name, made):
+    same(totals(made, name), totals(made, name, packed=True))
+
+
+@every
+def test_row_order_is_invisible(name, made):
+    same(totals(made, name), totals(made, name, [4, 6, 0, 3, 5, 1, 2]))
+
+
+@every
+def test_uncoupled_samples_do_not_feel_each_other(name, made):
+    if made(name)[1].coupled:
+        pytest.skip("its loss mixes samples by design")
+    parts = [totals(made, name, numbers) for numbers in ([3], [0, 1], [2, 4, 5, 6])]
+    same(totals(made, name), {k: tuple(sum(p[k][i] for p in parts) for i in (0, 1)) for k in parts[0]})
+
+
+@every
+def test_state_dict_round_trip(name, made):
+    model, objective, samples = made(name)
+    other_model = cases.model(seed=1)
+    other = cases.objective(name, other_model, seed=1)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(objective.state_dict())
+    given = cases.batch(model.readers, samples)
+    a, b = (cases.loss(cases.terms(o, m, given)[0]) for o, m in ((objective, model), (other, other_model)))
+    assert_close(a, b, rtol=0, atol=0)

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from headwater.datamodules.collate import assign, collate, split_rows
+from headwater.tokens import Tokens
+
+
+def tokens(n, first=0, order=False):
+    index = torch.arange(n)
+    return Tokens(index + first, index[:, None].int(), order=index // 2 if order else None)
+
+
+SAMPLES = [
+    {"a": tokens(3, 10), "b": tokens(2, 100, True)},
+    {"b": tokens(4, 200, True)},
+    {"a": tokens(1, 20), "b": tokens(1, 300, True)},
+]
+
+
+def test_rows_are_padded_to_the_longest():
+    batch = collate(SAMPLES, ["a", "b"])
+    assert batch["a"].x.tolist() == [[10, 11, 12], [0, 0, 0], [20, 0, 0]]
+    assert batch["a"].valid.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert batch["b"].order.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert batch["a"].document is None
+    assert batch["a"].order is None
+    assert batch["a"].position.dtype == torch.int32
+
+
+def test_only_named_modalities_are_in_the_batch():
+    assert collate(SAMPLES, ["b"]).keys() == {"b"}
+    with pytest.raises(ValueError, match="no sample of this batch has c"):
+        collate(SAMPLES, ["c"])
+
+
+def test_packed_samples_share_rows_alike_in_every_modality():
+    batch = collate(SAMPLES, ["a", "b"], {"a": 4, "b": 5})
+    a, b = batch["a"], batch["b"]
+    assert a.x.tolist() == [[10, 11, 12, 20], [0, 0, 0, 0]]
+    assert a.document[0].tolist() == [0, 0, 0, 2]
+    assert a.samples().tolist() == [0, 2]
+    assert b.x[b.valid].tolist() == [100, 101, 300, 200, 201, 202, 203]
+    assert b.document[b.valid].tolist() == [0, 0, 2, 1, 1, 1, 1]
+    assert b.place()[b.valid].tolist() == [0, 1, 0, 0, 1, 2, 3]
+
+
+def test_padding_of_a_packed_row_makes_no_new_run():
+    b = collate(SAMPLES, ["a", "b"], {"a": 4, "b": 5})["b"]
+    for row in b.document.tolist():
+        assert len([i for i, d in enumerate(row) if i == 0 or d != row[i - 1]]) == len(set(row))
+
+
+def test_first_fit_never_exceeds_a_limit_and_places_each_sample_once():
+    lengths = [5, 2, 7, 1, 4, 3, 6, 2, 2]
+    rows = assign([{"a": tokens(n)} for n in lengths], {"a": 8})
+    assert sorted(s for row in rows for s in row) == list(range(len(lengths)))
+    assert all(sum(lengths[s] for s in row) <= 8 for row in rows)
+    assert rows[0] == [0, 1, 3]  # the first row with room, in order
+
+
+def test_a_sample_longer_than_a_packed_row_is_refused():
+    with pytest.raises(ValueError, match="raise the limit"):
+        collate(SAMPLES, ["a", "b"], {"a": 2, "b": 9})
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_pieces_hold_every_row_once(micro):
+    batch = {**collate(SAMPLES, ["a", "b"]), "seed": torch.tensor([7, 8, 9])}
+    pieces = split_rows(batch, micro)
+    assert len(pieces) == micro
+    assert torch.cat([p["b"].x for p in pieces]).tolist() == batch["b"].x.tolist()
+    assert torch.cat([p["seed"] for p in pieces]).tolist() == [7, 8, 9]
+
+
+def test_packed_pieces_keep_the_numbers_of_the_batch():
+    batch = {**collate(SAMPLES, ["a", "b"], {"a": 4, "b": 5}), "seed": torch.tensor([7, 8, 9])}
+    first, second = split_rows(batch, 2)
+    assert (first["b"].samples().tolist(), second["b"].samples().tolist()) == ([0, 2], [1])
+    assert first["seed"].tolist() == second["seed"].tolist() == [7, 8, 9]
+
+
+def test_more_pieces_than_rows_are_refused():
+    with pytest.raises(ValueError, match="micro"):
+        split_rows(collate(SAMPLES, ["b"]), 4)

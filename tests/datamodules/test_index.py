@@ -1,0 +1,143 @@
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+from headwater.datamodules import index as indexing
+from headwater.datamodules.index import BLOCK, index_path, load_index, save_index, scan, split_name
+from headwater.datamodules.writer import ShardWriter
+
+SAMPLES = {f"{k:03d}": {"txt": f"text {k}".encode(), **({"bin": bytes(range(k))} if k % 3 else {})} for k in range(8)}
+
+
+@pytest.fixture
+def tar(tmp_path):
+    with ShardWriter(tmp_path / "{:03d}.tar") as writer:
+        for key, members in SAMPLES.items():
+            writer.write(key, members)
+    return writer.shards[0]
+
+
+def contents(index):
+    descriptor = os.open(index.path, os.O_RDONLY)
+    try:
+        return {str(key): index.read(descriptor, row) for row, key in enumerate(index.keys)}
+    finally:
+        os.close(descriptor)
+
+
+def make(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_the_index_of_the_writer_equals_a_scan(tar):
+    written, scanned = load_index(tar), scan(tar)
+    assert written.keys.equals(scanned.keys)
+    for field in ("offset", "size"):
+        a, b = getattr(written, field), getattr(scanned, field)
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[e], b[e]) for e in a)
+    assert contents(written) == contents(scanned) == SAMPLES
+    assert written.faults == scanned.faults == ()
+
+
+def test_stock_webdataset_reads_what_we_write(tar):
+    webdataset = pytest.importorskip("webdataset")
+    samples = webdataset.WebDataset(str(tar), shardshuffle=False)
+    stock = {s["__key__"]: {k: v for k, v in s.items() if k[:2] != "__"} for s in samples}
+    assert stock == SAMPLES
+
+
+def test_we_index_what_webdataset_writes(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for key, members in SAMPLES.items():
+            writer.write({"__key__": key, **members})
+    assert contents(load_index(tmp_path / "a.tar")) == SAMPLES
+
+
+def test_same_samples_make_the_same_bytes(tar, tmp_path):
+    with ShardWriter(tmp_path / "again-{}.tar") as writer:
+        for key, members in SAMPLES.items():
+            writer.write(key, members)
+    assert writer.shards[0].read_bytes() == tar.read_bytes()
+
+
+def test_shards_close_when_full_and_appear_when_complete(tmp_path):
+    with ShardWriter(tmp_path / "{}.tar", samples=3) as writer:
+        for key, members in SAMPLES.items():
+            writer.write(key, members)
+        assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["0.tar", "1.tar"]
+    assert [len(load_index(p)) for p in writer.shards] == [3, 3, 2]
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+@pytest.mark.parametrize("key", ["a.b", "", "folder/a.b"])
+def test_keys_that_webdataset_would_cut_are_refused(tmp_path, key):
+    with ShardWriter(tmp_path / "{}.tar") as writer, pytest.raises(ValueError, match="dot"):
+        writer.write(key, {"txt": b""})
+
+
+def test_a_key_is_written_once(tmp_path):
+    with ShardWriter(tmp_path / "{}.tar") as writer:
+        writer.write("a", {"txt": b""})
+        with pytest.raises(ValueError, match="before"):
+            writer.write("a", {"txt": b""})
+
+
+@pytest.mark.parametrize("cut", [BLOCK // 2, BLOCK + 3, 3 * BLOCK])
+def test_a_cut_tail_costs_only_its_samples(tar, cut):
+    last = int(load_index(tar).offset["bin"][7]) - BLOCK  # where the last member's header begins
+    os.truncate(tar, last + cut if cut < 2 * BLOCK else last - cut)
+    index = scan(tar)
+    kept = contents(index)
+    lost = {"007"} if cut < 2 * BLOCK else {"006", "007"}
+    whole = {k: v for k, v in SAMPLES.items() if k not in lost}
+    assert {k: kept[k] for k in whole} == whole
+    assert all(SAMPLES[k].items() >= v.items() for k, v in kept.items())  # never half a member
+    assert index.faults
+
+
+def test_a_stale_index_is_made_anew(tar):
+    make(tar, [("x.txt", b"new" * 5000)])
+    assert contents(load_index(tar)) == {"x": {"txt": b"new" * 5000}}
+    again = index_path(tar).stat().st_mtime_ns
+    assert load_index(tar).keys.to_pylist() == ["x"]
+    assert index_path(tar).stat().st_mtime_ns == again  # and is kept
+
+
+def test_a_missing_index_is_made_and_stays(tar, monkeypatch):
+    index_path(tar).unlink()
+    assert contents(load_index(tar)) == SAMPLES
+    monkeypatch.setattr(indexing, "scan", None)
+    assert contents(load_index(tar)) == SAMPLES
+
+
+def test_of_duplicate_members_the_first_is_kept_and_named(tmp_path):
+    tar = make(tmp_path / "a.tar", [("k.txt", b"1"), ("k.txt", b"2"), ("j.txt", b"3")])
+    index = scan(tar)
+    assert contents(index) == {"k": {"txt": b"1"}, "j": {"txt": b"3"}}
+    assert len(index.faults) == 1
+    assert "k.txt" in index.faults[0]
+    save_index(index)
+    assert load_index(tar).faults == index.faults
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("a.txt", ("a", "txt")), ("d.x/a.seg.PNG", ("d.x/a", "seg.png")), ("a", ("a", "")), ("./a.b", ("./a", "b"))],
+)
+def test_names_are_cut_at_the_first_dot_of_the_file(name, parts):
+    assert split_name(name) == parts
+
+
+def test_a_missing_tar_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.tar"):
+        load_index(tmp_path / "none.tar")
