@@ -62,7 +62,7 @@ def call(given: list[str]) -> None:
     from jsonargparse import auto_cli
 
     module, _, name = COMMANDS[given[0]][0].partition(":")
-    auto_cli(getattr(import_module(module), name), args=spell_out(given[1:]), as_positional=True)
+    auto_cli(getattr(import_module(module), name), args=spell_out(given[1:]), as_positional=True, prog=f"headwater {given[0]}")
 
 
 def spell_out(given: list[str]) -> list[str]:

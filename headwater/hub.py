@@ -117,8 +117,8 @@ def load_backbone(name: str | Path, pretrained: bool = True, coverage: float = 1
     less raises. The golden output is checked when everything matched.
     """
     if not Path(name).is_dir() and str(name).split("/")[0] in LIBRARIES:
-        library, _, model = str(name).partition("/")
-        towers = importlib.import_module(LIBRARIES[library]).towers(model, pretrained)
+        library, _, tower = str(name).partition("/")
+        towers = importlib.import_module(LIBRARIES[library]).towers(tower, pretrained)
         return Backbone(Model(towers), {"source": str(name), "pretrained": pretrained}).eval()
     folder = Path(name)
     if not (folder / "card.yaml").is_file():
@@ -150,7 +150,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], coverage: float =
     share = sum(w.numel() for w in matched.values()) / max(1, sum(w.numel() for w in own.values()))
     if share < coverage:
         raise ValueError(
-            f"only {share:.1%} of the parameters were found ({len(matched)} of {len(own)} tensors); expected at least {coverage:.0%}.\n"
+            f"only {share:.1%} of the parameters were found ({len(matched)} of {len(own)} tensors); "
+            f"expected at least {coverage:.0%}.\n"
             f"  missing: {_some(set(own) - set(weights))}\n"
             f"  unexpected: {_some(set(weights) - set(own))}\n"
             f"  other shape: {_some({n for n in weights if n in own and own[n].shape != weights[n].shape})}\n"
@@ -199,7 +200,7 @@ def _with_assets(model: Model, folder: Path) -> dict[str, Any]:
 
 def _golden(model: Model) -> dict[str, Tensor]:
     """An example input of every modality and the pooled output."""
-    pairs = {}
+    pairs: dict[str, Tensor] = {}
     for name, reader in model.readers.items():
         raw = collate([{name: t} for t in reader.example(2, 0)], [name])[name]
         pairs |= {f"{name}.{field}": value for field, value in zip(FIELDS, raw, strict=True) if value is not None}
@@ -219,11 +220,12 @@ def _pooled(model: Model, name: str, raw: Tokens) -> Tensor:
 
 def _check_golden(model: Model, golden: dict[str, Tensor]) -> None:
     for name in model.encoders:
-        raw = Tokens(*(golden.get(f"{name}.{field}") for field in FIELDS))
+        raw = Tokens(**{field: golden[key] for field in FIELDS if (key := f"{name}.{field}") in golden})
         expected, found = golden[f"{name}.output"], _pooled(model, name, raw)
         gap = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if not gap < TOLERANCE:
             raise ValueError(
-                f"the weights of {name} were loaded, but its output differs from the recorded one by {gap:.1e} of its size (allowed "
-                f"{TOLERANCE:.0e}); the code of its encoder has changed since the export. Load it with the version in card.yaml"
+                f"the weights of {name} were loaded, but its output differs from the recorded one by {gap:.1e} of its size "
+                f"(allowed {TOLERANCE:.0e}); the code of its encoder has changed since the export. "
+                "Load it with the version in card.yaml"
             )

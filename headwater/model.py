@@ -141,7 +141,7 @@ class Model(nn.Module):
         if not encoders:
             raise ValueError("the model has no encoder; name at least one, for example encoders: {image: ...}")
         made = {name: tower(e) if isinstance(e, str) else e for name, e in encoders.items()}
-        self.encoders = nn.ModuleDict(made)
+        self.encoders: Any = nn.ModuleDict(made)
         self.fusion = fusion({name: e.width for name, e in made.items()}) if fusion else None
         self.space = space
         self.projections = nn.ModuleDict({n: nn.Linear(e.dim, space, bias=False) for n, e in made.items()} if space else {})

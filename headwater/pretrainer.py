@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from headwater import distributed, random
@@ -35,6 +35,8 @@ class Pretrainer(pl.LightningModule):
         seed: of everything random outside the data.
     """
 
+    trainer: Any  # Lightning's own annotation lacks datamodule
+
     def __init__(
         self,
         backbone: Model,
@@ -52,26 +54,34 @@ class Pretrainer(pl.LightningModule):
         self.micro, self.clip, self.seed = micro, clip, seed
         if micro > 1 and self.objective.coupled:
             raise ValueError(
-                f"micro={micro} cuts the batch, but {type(self.objective).__name__} compares the samples of a batch with one another; "
-                "use micro: 1 and a smaller data.batch_size"
+                f"micro={micro} cuts the batch, but {type(self.objective).__name__} compares the samples of a batch with "
+                "one another; use micro: 1 and a smaller data.batch_size"
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(decay_groups(self))
 
-    def setup(self, stage: str) -> None:
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The first hook that a Trainer calls: refuse its options that this module serves in its own way."""
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
-                f"found trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}; a batch here is the whole optimizer "
-                "step. Set model.micro to cut it into pieces with exact normalisation"
+                f"found trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}; a batch here is the whole "
+                "optimizer step. Set model.micro to cut it into pieces with exact normalisation"
             )
+        if self.trainer.gradient_clip_val:
+            raise ValueError(
+                f"found trainer.gradient_clip_val={self.trainer.gradient_clip_val}; set model.clip, the largest gradient norm"
+            )
+        return []
+
+    def setup(self, stage: str) -> None:
         if stage == "fit":
             check_needs(self.objective, self.trainer.datamodule.provides)
             self.objective.start(self.backbone)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(random.seed_of(self.seed, self.global_step, self.global_rank))  # dropout too is a function of the step
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         self.apply_schedule(optimizer)
         optimizer.zero_grad()
         pieces = [self.hide(piece) for piece in split_rows(batch, self.micro)]
@@ -110,7 +120,8 @@ class Pretrainer(pl.LightningModule):
 
     def report(self, totals: dict[str, list[Term]], numbers: dict[str, Tensor]) -> None:
         """Log each term's mean over all its targets on all ranks."""
-        sums = distributed.total(torch.stack([sum(t.total.detach().double() for t in terms) for terms in totals.values()]))
+        local = [sum((t.total.detach().double() for t in terms), torch.zeros(())) for terms in totals.values()]
+        sums = distributed.total(torch.stack(local))
         for name, value in zip(totals, sums, strict=True):
             self.log(f"train/{name}", (value / numbers[name].clamp(min=1)).float(), prog_bar=True)
             for key, metric in totals[name][-1].metrics.items():
@@ -141,9 +152,9 @@ def explain_memory(batch: Batch) -> Iterator[None]:
             raise
         shapes = {name: tuple(t.position.shape[:2]) for name, t in batch.items() if isinstance(t, Tokens)}
         raise MemoryError(
-            f"out of memory with {len(batch['sample'])} samples on this rank, tokens (rows, length): {shapes}. Lower data.batch_size, "
-            "raise model.micro (pieces per batch, same result), or shorten the signals (size, frames, seconds or length of the "
-            f"encoders). The allocator said: {str(error).splitlines()[0]}"
+            f"out of memory with {len(batch['sample'])} samples on this rank, tokens (rows, length): {shapes}. "
+            "Lower data.batch_size, raise model.micro (pieces per batch, same result), or shorten the signals (size, frames, "
+            f"seconds or length of the encoders). The allocator said: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -161,7 +172,7 @@ def count(numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     names = list(numbers[0])
     if not names:
         return {}
-    local = torch.stack([sum(piece[name].double() for piece in numbers) for name in names])
+    local = torch.stack([sum((piece[name].double() for piece in numbers), torch.zeros(())) for name in names])
     return dict(zip(names, distributed.total(local), strict=True))
 
 

@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Tokens:
         """Apply `f` to every field that is set."""
-        return Tokens(*(None if field is None else f(field) for field in self))
+        return Tokens(f(self.x), f(self.position), *(None if field is None else f(field) for field in self[2:]))
 
     def take(self, index: Tensor, valid: Tensor | None = None) -> Tokens:
         """The tokens at index (B, K); with valid (B, K), places where it is False become padding."""
@@ -93,20 +93,22 @@ def cat(parts: Sequence[Tokens]) -> Tokens:
     """Join along N. Coordinates are zero-padded to the largest P; None fields are filled in where another part has them."""
     dims = max(t.position.shape[-1] for t in parts)
     fill = {"valid": Tokens.real, "document": Tokens.sample, "order": lambda t: t.place() if t.order is None else t.order}
-    fields: dict[str, Tensor | None] = {
-        "x": torch.cat([t.x for t in parts], 1),
-        "position": torch.cat([F.pad(t.position, (0, dims - t.position.shape[-1])) for t in parts], 1),
-    }
+    x = torch.cat([t.x for t in parts], 1)
+    position = torch.cat([F.pad(t.position, (0, dims - t.position.shape[-1])) for t in parts], 1)
+    fields: dict[str, Tensor | None] = {}
     for name, value in fill.items():
         needed = any(getattr(t, name) is not None for t in parts) or (name == "order" and len(parts) > 1)
         fields[name] = torch.cat([value(t) for t in parts], 1) if needed else None
-    return Tokens(**fields)
+    return Tokens(x, position, **fields)
 
 
 def split(t: Tokens, lengths: Sequence[int]) -> list[Tokens]:
     """Undo `cat`: cut N into pieces of these lengths."""
-    ends = accumulate(lengths)
-    return [t.map(lambda field, n=n, end=end: field[:, end - n : end]) for n, end in zip(lengths, ends, strict=True)]
+
+    def piece(n: int, end: int) -> Tokens:
+        return t.map(lambda field: field[:, end - n : end])
+
+    return list(map(piece, lengths, accumulate(lengths)))
 
 
 def attention_mask(q: Tokens, k: Tokens, causal: bool = False) -> Mask:

@@ -122,7 +122,7 @@ class Trunk(nn.Module, Described):
         heads = heads or max(1, width // 64)
         if width % heads or (width // heads) % 2:
             raise ValueError(f"width {width} over {heads} heads leaves {width / heads} per head; expected an even whole number")
-        self.width, self.position, self.conditional = width, position, conditional
+        self.width, self.heads, self.position, self.conditional = width, heads, position, conditional
         self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio), conditional) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.init_weights()
@@ -144,8 +144,8 @@ class Trunk(nn.Module, Described):
         x, angle = t.x, None
         if self.position == "sincos":
             x = x + sincos(t.position, self.width).to(x.dtype)
-        elif self.position == "rotary" and self.blocks:
-            angle = rotary(t.position, self.width // self.blocks[0].attn.heads)
+        elif self.position == "rotary":
+            angle = rotary(t.position, self.width // self.heads)
         mask = attention_mask(t, t, causal)
         condition = None if condition is None else condition.to(x.dtype)
         for block in self.blocks:

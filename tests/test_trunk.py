@@ -62,6 +62,17 @@ def test_attention_equals_the_naive_formula(causal, position):
         assert_close(got[b], torch.cat(heads, -1) @ attention.proj.weight.T + attention.proj.bias)
 
 
+@pytest.mark.parametrize(("position", "shift_matters"), [("none", False), ("rotary", False), ("sincos", True)])
+def test_positions_enter_as_promised(position, shift_matters):
+    t = tokens()
+    trunk = Trunk(16, 2, heads=2, position=position)
+    for p in trunk.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    shuffled, shifted = (trunk(t._replace(position=p)).x for p in (t.position.flip(1), t.position + 5))
+    assert torch.allclose(shuffled, trunk(t).x) == (position == "none")
+    assert torch.allclose(shifted, trunk(t).x, rtol=1e-3, atol=1e-4) != shift_matters
+
+
 def test_every_head_and_the_kernel_without_a_mask_agree_with_the_masked_one():
     trunk, t = Trunk(16, 2, heads=4), tokens()
     explicit = t._replace(valid=torch.ones(2, 5).bool())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +50,10 @@ def _rows(samples: Sequence[Sample], rows: list[list[int]], name: str, packed: b
     if model is None:
         raise ValueError(f"no sample of this batch has {name}; it should not have been asked for")
     length = max(sum(t.position.shape[0] for _, t in row) for row in pieces)
-    fields: dict[str, Tensor | None] = {"order": None}
-    for field in ("x", "position", "order"):
-        like = getattr(model, field)
-        if like is not None:
-            fields[field] = _pad([[getattr(t, field) for _, t in row] for row in pieces], length, like)
+
+    def joined(field: str) -> Tensor:
+        return _pad([[getattr(t, field) for _, t in row] for row in pieces], length, getattr(model, field))
+
     real = [[torch.ones(t.position.shape[0], dtype=torch.bool) for _, t in row] for row in pieces]
     valid = _pad(real, length, torch.ones(0, dtype=torch.bool))
     document = None
@@ -62,7 +62,7 @@ def _rows(samples: Sequence[Sample], rows: list[list[int]], name: str, packed: b
         document = _pad(owner, length, torch.zeros(0, dtype=torch.int64))
         last = torch.tensor([row[-1][0] if row else 0 for row in pieces])  # padding belongs to the last document: unbroken runs
         document = torch.where(valid, document, last[:, None])
-    return Tokens(fields["x"], fields["position"], valid, document, fields["order"])
+    return Tokens(joined("x"), joined("position"), valid, document, None if model.order is None else joined("order"))
 
 
 def _pad(rows: list[list[Tensor]], length: int, like: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def split_rows(batch: dict, micro: int) -> list[dict]:
         raise ValueError(f"found {rows} rows in a rank's batch and micro={micro}; expected at most one micro-batch per row")
     cuts = torch.arange(rows).tensor_split(micro)
 
-    def piece(value: object, cut: Tensor) -> object:
+    def piece(value: Any, cut: Tensor) -> Any:
         if isinstance(value, Tokens):
             return value.map(lambda field: field[cut[0] : cut[-1] + 1])
         return value if packed else value[cut[0] : cut[-1] + 1]

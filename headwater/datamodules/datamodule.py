@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from headwater import distributed
 from headwater.datamodules.shards import OpenSource, ShardDataset, Source, expand
+from headwater.model import Reader
 from headwater.tokens import Tokens
 
 
@@ -47,7 +50,7 @@ class ShardDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if path is not None:
-            train, held_out = folder(path)
+            train, held_out = folder(path, next(iter((train or {}).values()), Source("")))
         if not train:
             raise ValueError("no training data was named; give --data FOLDER of shards, or data.train in the recipe")
         self.train, self.held_out, self.batch_size, self.unit = train, held_out or {}, batch_size, unit
@@ -57,11 +60,21 @@ class ShardDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open every index and choose readers by the encoders of the model."""
-        readers = self.trainer.lightning_module.backbone.readers
-        self.sources = [OpenSource(n, s, readers, self.seed, self.window) for n, s in self.train.items()]
-        self.validation = [OpenSource(n, s, readers, self.seed, 0) for n, s in self.held_out.items()]
+        self.sources = [OpenSource(n, s, self.readers, self.seed, self.window) for n, s in self.train.items()]
+        self.validation = [OpenSource(n, s, self.readers, self.seed, 0) for n, s in self.held_out.items()]
         for source in [*self.sources, *self.validation]:
             self.faults.update(source.faults)
+        for source in self.sources:
+            size = source.source.batch_size or self.batch_size
+            if source.order.total < size:
+                found = f"source {source.name} holds {source.order.total} samples"
+                rank_zero_warn(f"{found}, fewer than a batch of {size}: a batch repeats some")
+
+    @property
+    def readers(self) -> dict[str, Reader]:
+        """How each modality is read: by the encoders of the model."""
+        model: Any = self.trainer.lightning_module
+        return model.backbone.readers
 
     @property
     def provides(self) -> dict[str, tuple[str, ...]]:
@@ -106,7 +119,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Floats and normalisation, on the device."""
-        readers = self.trainer.lightning_module.backbone.readers
+        readers = self.readers
         return {
             name: readers[name.partition("@")[0]].prepare(value) if isinstance(value, Tokens) else value
             for name, value in batch.items()
@@ -119,13 +132,13 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def folder(path: str) -> tuple[dict[str, Source], dict[str, Source]]:
-    """Training and held-out sources of one folder, glob or tar."""
+def folder(path: str, like: Source) -> tuple[dict[str, Source], dict[str, Source]]:
+    """Training and held-out sources of one folder, glob or tar; views and the like as in the source `like`."""
     name = Path(path.rstrip("/")).name or "data"
     if not os.path.isdir(os.path.expanduser(path)):
-        return {name: Source(path)}, {}
+        return {name: replace(like, shards=path)}, {}
     shards = [Path(p).name for p in expand(path)]
     train = any(p.startswith("train-") for p in shards)
     held = any(p.startswith("validation-") for p in shards)
     pattern = os.path.join(path, "train-*.tar") if train else path
-    return {name: Source(pattern)}, {name: Source(os.path.join(path, "validation-*.tar"))} if held else {}
+    return {name: replace(like, shards=pattern)}, {name: Source(os.path.join(path, "validation-*.tar"))} if held else {}

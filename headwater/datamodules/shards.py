@@ -183,7 +183,7 @@ class ShardDataset(IterableDataset):
         source = next(s for s, _ in plan if name in self.sources[s].readers)
         stand_in = self.sources[source].readers[name].example(1, 0)[0]
         filled = collate([{name: stand_in}] * rows, [name])[name]
-        return filled._replace(valid=torch.zeros_like(filled.valid))
+        return filled._replace(valid=torch.zeros_like(filled.real()))
 
     def identity(self, source: int, index: int) -> tuple[int, int]:
         """A number that names the sample in all epochs, and its seed, which differs from epoch to epoch."""

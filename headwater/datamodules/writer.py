@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 from headwater.datamodules.index import BLOCK, assemble, save_index
 
@@ -21,7 +22,7 @@ class ShardWriter:
         self.pattern, self.samples, self.size = str(pattern), samples, size
         self.shards: list[Path] = []
         self.written = 0
-        self._file = None
+        self._file: BinaryIO | None = None
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Append one sample. key: no dot, unique; members: extension -> content."""

@@ -51,7 +51,7 @@ class Retrieval(pl.Callback):
                 for number, place in zip(sample.tolist(), pooled.sample.tolist()):
                     seen[number] = model.encoder(name).reader.restore(batch[name].map(lambda f, i=place: f[i : i + 1]))
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         for number, kept in sorted(self._kept.items()):
             source = trainer.datamodule.validation[number].name
             whole = {name: by_sample(*(torch.cat(column) for column in zip(*rows))) for name, rows in sorted(kept.items())}

@@ -49,7 +49,7 @@ class NextStep(pl.Callback):
         row = (batch["sample"], wide(predicted), wide(answer))
         self._kept.setdefault(dataloader_idx, []).append(row)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         for number, rows in sorted(self._kept.items()):
             sample, predicted, answer = by_sample(*(torch.cat(column) for column in zip(*rows)))
             name = trainer.datamodule.validation[number].name

@@ -136,10 +136,8 @@ def centre(picture: np.ndarray, size: int, zoom: float) -> Tensor:
 
     height, width = picture.shape[:2]
     shorter = math.floor(size / zoom)
-    target = tuple(
-        int(shorter * n / min(height, width)) for n in (width, height)
-    )  # this order of operations is exact for the shorter
-    scaled = Pictures.fromarray(picture).resize(target, Pictures.Resampling.BICUBIC)
+    wide, tall = (int(shorter * n / min(height, width)) for n in (width, height))  # in this order exact for the shorter side
+    scaled = Pictures.fromarray(picture).resize((wide, tall), Pictures.Resampling.BICUBIC)
     left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
     return torch.from_numpy(np.array(scaled.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
 

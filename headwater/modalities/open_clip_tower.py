@@ -18,6 +18,7 @@ class OpenClipTextReader(Reader):
     """A caption -> ids of open_clip's own tokenizer, cut after the end mark: its padding is never computed."""
 
     extensions = ("txt", "text", "caption")
+    vocab: int
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,8 +69,8 @@ class OpenClipImage(Encoder):
             raise ValueError(f"the image tower of {name} is a {type(visual).__name__}; expected a plain ViT such as ViT-B-32")
         data = visual.preprocess_cfg
         self.tower = visual
-        self.reader = ImageReader(data["size"][0] if isinstance(data["size"], tuple | list) else data["size"], visual.patch_size[0], "crop",
-                                  1.0, data["mean"], data["std"])  # fmt: skip
+        size = data["size"][0] if isinstance(data["size"], tuple | list) else data["size"]
+        self.reader = ImageReader(size, visual.patch_size[0], "crop", 1.0, data["mean"], data["std"])
         self.width, self.dim = visual.conv1.out_channels, visual.output_dim
         self.features, self.vocab = self.reader.features, None
         self.spec["init_args"]["weights"] = None  # when it is built again, its weights come from the exported file
@@ -115,11 +116,11 @@ class OpenClipText(Encoder):
         model = open_clip.create_model(name, pretrained=weights)
         if not isinstance(model, open_clip.CLIP) or model.text_pool_type not in ("argmax", "eos"):
             raise ValueError(f"the text tower of {name} is no plain CLIP text transformer; expected a model such as ViT-B-32")
-        self.reader = OpenClipTextReader(name)
+        self.reader = reader = OpenClipTextReader(name)
         self.tokens, self.position = model.token_embedding, model.positional_embedding
         self.tower, self.norm, self.projection = model.transformer, model.ln_final, model.text_projection
         self.width, self.dim = self.tokens.embedding_dim, int(self.projection.shape[-1])
-        self.features, self.vocab, self.start = 0, self.reader.vocab, int(self.reader.vocab) - 2
+        self.features, self.vocab, self.start = 0, reader.vocab, reader.vocab - 2
         self.spec["init_args"]["weights"] = None
 
     def embed(self, raw: Tokens) -> Tokens:

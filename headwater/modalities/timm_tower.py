@@ -20,6 +20,8 @@ class TimmImage(Encoder):
         pretrained: fetch timm's weights.
     """
 
+    reader: ImageReader
+
     def __init__(self, name: str, pretrained: bool = False) -> None:
         import timm
         from timm.layers import PatchEmbed

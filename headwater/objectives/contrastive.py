@@ -58,9 +58,8 @@ class Contrastive(Objective):
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
         encoded = model.encode(model.embed(part(batch, self.needs)))
-        a, b = (model.pool(name, encoded[name]) for name in self.needs)
-        a, b = join(a, b)
-        a, b = (F.normalize(pooled.float(), dim=-1) for pooled in (a, b))
+        pooled = (model.pool(name, encoded[name]) for name in self.needs)
+        a, b = (F.normalize(x.float(), dim=-1) for x in join(*pooled))
         (every_a, first), (every_b, _) = gather(a), gather(b)
         scale = self.log_scale.exp()
         total = softmax_pairs(a, b, every_a, every_b, first, scale)

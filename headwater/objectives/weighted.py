@@ -27,7 +27,7 @@ class Weighted(Objective):
         weights = weights or {}
         if stray := set(weights) - set(parts):
             raise ValueError(f"weights name {sorted(stray)}, which are no parts; the parts are {sorted(parts)}")
-        self.parts = nn.ModuleDict({name: make(model) for name, make in parts.items()})
+        self.parts: Any = nn.ModuleDict({name: make(model) for name, make in parts.items()})
         self.weights = {name: weights.get(name, 1.0) for name in parts}
         self.needs = tuple(dict.fromkeys(need for part in self.parts.values() for need in part.needs))
         self.coupled = any(part.coupled for part in self.parts.values())

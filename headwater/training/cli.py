@@ -6,15 +6,18 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import save_file
 
 from headwater import evaluation, fusion, modalities, objectives  # importing them lets recipes name their classes barely
@@ -70,6 +73,7 @@ class HeadwaterCLI(LightningCLI):
         """Choose the run folder and fill in what follows from it."""
         config = self.config[self.subcommand]
         config.trainer.strategy = self._strategy(config.trainer)
+        config.weights_only = True
         if self.subcommand != "fit":
             config.trainer.logger = False
             return
@@ -130,7 +134,7 @@ class HeadwaterCLI(LightningCLI):
 
     def predict(self, **kwargs) -> None:
         """Write each held-out source's sample ids and pooled vectors."""
-        every = self.trainer.predict(**kwargs)
+        every: Any = self.trainer.predict(**kwargs)
         batches = every if len(self.datamodule.validation) > 1 else [every]
         target = Path(self.config[self.subcommand].out)
         target.mkdir(parents=True, exist_ok=True)
@@ -144,7 +148,7 @@ class HeadwaterCLI(LightningCLI):
         if self.trainer.interrupted:
             return
         if self.datamodule.held_out and self.trainer.limit_val_batches != 0:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False, weights_only=True)
         self.run_folder.finish(self.trainer)
 
 
@@ -163,6 +167,8 @@ def run(given: list[str]) -> None:
         HeadwaterCLI(given)
     except ArgumentError as error:
         raise ValueError(explain(str(error))) from error
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def explain(message: str) -> str:
@@ -175,5 +181,6 @@ def explain(message: str) -> str:
         return f"found {key[1] or key[2]}, which is no setting; `headwater fit --help` lists all. ({message.strip()})"
     if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
         every = [n for m in (modalities, fusion, objectives, evaluation) for n in m.__all__]
-        return f"found the class {unknown[1]!r}; expected a dotted path of your own class or one of: {', '.join(every)}. ({message.strip()})"
+        accepted = f"a dotted path of your own class or one of: {', '.join(every)}"
+        return f"found the class {unknown[1]!r}; expected {accepted}. ({message.strip()})"
     return message

@@ -19,7 +19,8 @@ class Progress(LightningProgressBar):
 
     def __init__(self, seconds: float = 15.0) -> None:
         super().__init__()
-        self.seconds, self._on, self._live = seconds, True, None
+        self.seconds, self._on = seconds, True
+        self._live: Any = None
 
     def disable(self) -> None:
         self._on = False

@@ -56,7 +56,7 @@ class RunFolder(pl.Callback):
     def __init__(self, folder: str | Path, every: int = 200) -> None:
         self.folder, self.every = Path(folder), every
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.forget(trainer.global_step)
@@ -74,7 +74,7 @@ class RunFolder(pl.Callback):
         """Write the checkpoint under another name, then rename it: a full disk or a kill leaves the last good one."""
         target = self.folder / LAST
         partial = target.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(partial, weights_only=False)  # with the optimizer; tensors and plain types only
         if trainer.is_global_zero:
             os.replace(partial, target)
 
@@ -85,11 +85,11 @@ class RunFolder(pl.Callback):
         if trainer.is_global_zero:
             hub.save_backbone(pl_module.backbone, self.folder / "backbone", {"step": trainer.global_step, "run": self.folder.name})
 
-    def finish(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def finish(self, trainer: Any) -> dict[str, Any]:
         """After evaluation: pictures, what was skipped, and the summary that marks the run as finished."""
         results = results_of(trainer)
         faults = trainer.datamodule.faults
-        summary = {
+        summary: dict[str, Any] = {
             "step": trainer.global_step,
             "results": [r._asdict() for r in results],
             "skipped": dict(sorted(faults.items())),
@@ -113,7 +113,7 @@ class RunFolder(pl.Callback):
         return summary
 
 
-def results_of(trainer: pl.Trainer) -> list[Result]:
+def results_of(trainer: Any) -> list[Result]:
     """The figures of every evaluation callback."""
     return [r for callback in trainer.callbacks for r in getattr(callback, "results", ())]
 

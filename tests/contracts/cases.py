@@ -35,9 +35,7 @@ def exports(package):
 
 
 # encoders: name -> function of a trunk
-plain = [
-    cls for cls in exports(modalities) if small(cls, None) and cls is not modalities.Action
-]  # wants one of two
+plain = [cls for cls in exports(modalities) if small(cls, None) and cls is not modalities.Action]  # wants one of two
 ENCODERS = {cls.__name__: partial(lambda cls, t: small(cls, t)(), cls) for cls in plain} | {
     "Action choices": lambda t: modalities.Action(t, choices=5),
     "Action slots": lambda t: modalities.Action(t, slots=3),

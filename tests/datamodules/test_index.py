@@ -103,6 +103,7 @@ def test_a_cut_tail_costs_only_its_samples(tar, cut):
     assert {k: kept[k] for k in whole} == whole
     assert all(SAMPLES[k].items() >= v.items() for k, v in kept.items())  # never half a member
     assert index.faults
+    assert ("007" in kept) == (cut < BLOCK)  # a sample with a cut member is lost whole; of a cut header nobody knows
 
 
 def test_a_stale_index_is_made_anew(tar):

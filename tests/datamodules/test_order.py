@@ -27,6 +27,8 @@ def test_each_sample_comes_once_per_epoch(window):
 def test_epochs_and_seeds_differ_and_files_stay_in_order_without_a_window():
     places = [[p[1:] for p in epoch(order, e)] for order in (Order(SIZES, 3), Order(SIZES, 4)) for e in (0, 1)]
     assert len({tuple(p) for p in places}) == 4
+    one = Order([20], 3)  # a single shard too
+    assert [one[i][1:] for i in range(20)] != [one[i][1:] for i in range(20, 40)]
     assert [p[1:] for p in epoch(Order(SIZES, 3, 0), 2)] == [(s, r) for s, n in enumerate(SIZES) for r in range(n)]
 
 

@@ -35,7 +35,9 @@ def test_the_loss_is_that_of_a_language_model():
     assert_close(objective(model, batch)["causal"].total.double(), loss, rtol=1e-5, atol=1e-5)
 
 
-SPANS = pytest.mark.xfail(strict=True, reason="shift moves by one token, but the tokens of a frame share an order and see each other")
+SPANS = pytest.mark.xfail(
+    strict=True, reason="shift moves by one token, but the tokens of a frame share an order and see each other"
+)
 
 
 @pytest.mark.parametrize("modality", ["text", "image", "audio", "choice", "action", pytest.param("video", marks=SPANS)])
