@@ -74,7 +74,7 @@ def spell_out(given: list[str]) -> list[str]:
 
 def train(given: list[str]) -> None:
     """A Trainer command."""
-    from headwater.training.cli import run
+    from headwater.tools.train import run
 
     run(translate(given))
 

@@ -90,7 +90,8 @@ class Pretrainer(pl.LightningModule):
         with explain_memory(batch):
             for number, piece in enumerate(pieces):
                 last = number == len(pieces) - 1
-                with nullcontext() if last else self.trainer.strategy.block_backward_sync():
+                together = last or distributed.world() == 1  # several ranks exchange gradients with the last piece alone
+                with nullcontext() if together else self.trainer.strategy.block_backward_sync():
                     terms = self.objective(self.backbone, piece)
                     self.manual_backward(self.touch_all(weighted_sum(terms, numbers, distributed.world()), last))
                 for name, term in terms.items():
@@ -113,7 +114,7 @@ class Pretrainer(pl.LightningModule):
         return loss + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad and p.grad is not None]).sum()
 
     def apply_schedule(self, optimizer: torch.optim.Optimizer) -> None:
-        progress = self.global_step / max(1, self.trainer.max_steps)
+        progress = (self.global_step + 1) / max(1, self.trainer.max_steps)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.schedule(progress)
@@ -177,11 +178,19 @@ def count(numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check_needs(objective: Objective, provides: dict[str, tuple[str, ...]]) -> None:
-    """Every objective, or every part of a weighted one, must find all its modalities in one source."""
-    for name, part in getattr(objective, "parts", {"objective": objective}).items():
+    """Every objective, or every part of a weighted one, finds all its modalities in one source; every source serves one."""
+    parts = getattr(objective, "parts", {"objective": objective})
+    for name, part in parts.items():
         if not any(set(part.needs) <= set(given) for given in provides.values()):
             raise ValueError(
                 f"{name} ({type(part).__name__}) needs {', '.join(part.needs)} in one sample, but the data provides "
                 + "; ".join(f"{source}: {', '.join(given)}" for source, given in provides.items())
                 + ". Add shards with these members, or take the objective out"
+            )
+    for source, given in provides.items():
+        if not any(set(part.needs) <= set(given) for part in parts.values()):
+            raise ValueError(
+                f"source {source} provides {', '.join(given)}, which serves no objective: "
+                + "; ".join(f"{name} needs {', '.join(part.needs)}" for name, part in parts.items())
+                + ". Take the source out, or add an objective that uses it"
             )

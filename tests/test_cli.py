@@ -18,7 +18,18 @@ from headwater.datamodules.index import load_index
 from headwater.datamodules.writer import ShardWriter
 from headwater.tools.shard import shard
 
-SMALL = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--data.workers", "0", "--data.batch_size", "4", "--trainer.log_every_n_steps", "1"]
+SMALL = [
+    "--trainer.max_steps",
+    "2",
+    "--trainer.accelerator",
+    "cpu",
+    "--data.workers",
+    "0",
+    "--data.batch_size",
+    "4",
+    "--trainer.log_every_n_steps",
+    "1",
+]
 TINY = [
     *("--model.backbone.encoders.image.trunk", "{width: 32, depth: 1}"),
     *("--model.backbone.encoders.text.trunk", "{width: 32, depth: 1}"),
@@ -56,7 +67,9 @@ def test_importing_headwater_is_quick_and_leaves_torch_alone():
 
 
 def test_help_lists_every_command_without_heavy_imports():
-    code = "import sys; from headwater.cli import main; main(['--help']); print('torch' in sys.modules, 'jsonargparse' in sys.modules)"
+    code = (
+        "import sys; from headwater.cli import main; main(['--help']); print('torch' in sys.modules, 'jsonargparse' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for name in [*cli.TRAINING, *cli.COMMANDS]:
         assert f"\n  {name} " in out
@@ -70,7 +83,11 @@ def test_run_folder_holds_what_the_docs_say(here):
     assert summary["step"] == 2
     assert {r["metric"] for r in summary["results"]} == {"image->text R@5", "text->image R@5"}
     merged = yaml.safe_load((folder / "config.yaml").read_text())
-    assert merged["fit"]["trainer"]["max_steps"] == 2
+    assert merged["trainer"]["max_steps"] == 2
+    cli.main(["fit", "--config", str(folder / "config.yaml")])  # the merged config is a recipe
+    assert (folder / "backbone/weights.safetensors").read_bytes() == Path(
+        "runs/config/000/backbone/weights.safetensors"
+    ).read_bytes()
     checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     cli.main(["validate", "--config", "clip", *SMALL, *TINY, "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
@@ -104,7 +121,7 @@ def test_one_override_changes_one_thing(here, change):
         (["--data.train.things.shards", "/nowhere/x.tar"], ["/nowhere/x.tar", "expected", "headwater shard"]),
         (["--data", "/nowhere"], ["/nowhere", "headwater shard"]),
         (["--model.objective.b", "audio"], ["no encoder for 'audio'", "image, text"]),
-        (["--data.train.things.modalities", "[text]"], ["needs image, text", "provides things: text", "Add shards"]),
+        (["--data.train.things.modalities", "[text]"], ["needs image, text", "things provides text", "Take the source out"]),
         (["--data.train.things.modalities", "[text, sound]"], ["sound", "no encoder of that name"]),
         (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "model.micro"]),
         (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val", "model.clip"]),
@@ -120,7 +137,7 @@ def test_a_mistake_is_one_message_before_step_0(here, capsys, mistake, words):
 
 
 def test_an_unknown_recipe_names_the_known_ones(here):
-    with pytest.raises(SystemExit, match="clip.*quickstart"):
+    with pytest.raises(SystemExit, match=r"clip.*quickstart"):
         cli.main(["fit", "--config", "nope"])
 
 

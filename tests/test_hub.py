@@ -135,7 +135,10 @@ def test_list_backbones_finds_exports(model, tmp_path):
     assert headwater.list_backbones(tmp_path) == [str(tmp_path / "runs/a/000/backbone")]
 
 
-PICTURES = [Pictures.fromarray((np.random.default_rng(i).random(s) * 255).astype(np.uint8)) for i, s in enumerate([(90, 70, 3), (40, 80, 3)])]
+PICTURES = [
+    Pictures.fromarray((np.random.default_rng(i).random(s) * 255).astype(np.uint8))
+    for i, s in enumerate([(90, 70, 3), (40, 80, 3)])
+]
 
 
 @pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])

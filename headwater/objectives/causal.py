@@ -27,6 +27,16 @@ def shift(t: Tokens, start: int | None) -> Tokens:
     return t._replace(x=torch.where(first, torch.zeros_like(before) if start is None else start, before))
 
 
+def one_by_one(t: Tokens, step: int) -> Tokens:
+    """Makes orders `step` apart and counts the tokens of equal order up within, so that no two see each other.
+
+    step: more than the tokens of any span. Needs `order` to rise along the row.
+    """
+    order = t.place() if t.order is None else t.order
+    span = t._replace(document=(t.sample() << 32) + order)
+    return t._replace(order=order * step + span.place())
+
+
 class Causal(Objective):
     """Hides the future of one modality.
 
@@ -49,8 +59,14 @@ class Causal(Objective):
 
     def task(self, batch: Batch, hints: None = None) -> Batch:
         raw = batch[self.modality]
-        known = {k: batch[k]._replace(order=torch.zeros_like(batch[k].place())) for k in self.prefix}
-        return {**batch, **known, self.modality: shift(raw, self.start_id), "answer": raw.x, "asked": raw.real()}
+        others = {k: batch[k] for k in self.needs[1:]}
+        if raw.order is not None:  # patches of a frame share one order; as answers they come one by one
+            step = raw.position.shape[1] + 1
+            others = {k: t._replace(order=step * (t.place() if t.order is None else t.order)) for k, t in others.items()}
+            raw = one_by_one(raw, step)
+        for k in self.prefix:
+            others[k] = others[k]._replace(order=torch.zeros_like(others[k].place()))
+        return {**batch, **others, self.modality: shift(raw, self.start_id), "answer": raw.x, "asked": raw.real()}
 
     def numbers(self, batch: Batch) -> dict[str, Tensor]:
         return {"causal": batch["asked"].sum()}

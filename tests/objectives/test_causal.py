@@ -35,12 +35,7 @@ def test_the_loss_is_that_of_a_language_model():
     assert_close(objective(model, batch)["causal"].total.double(), loss, rtol=1e-5, atol=1e-5)
 
 
-SPANS = pytest.mark.xfail(
-    strict=True, reason="shift moves by one token, but the tokens of a frame share an order and see each other"
-)
-
-
-@pytest.mark.parametrize("modality", ["text", "image", "audio", "choice", "action", pytest.param("video", marks=SPANS)])
+@pytest.mark.parametrize("modality", ["text", "image", "audio", "choice", "action", "video"])
 def test_answers_do_not_see_what_they_are_asked_for(modality):
     model = cases.model()
     objective = Causal(model, modality, context=["image"] if modality != "image" else None)

@@ -26,7 +26,7 @@ from headwater.datamodules.datamodule import ShardDataModule
 from headwater.pretrainer import Pretrainer
 from headwater.training.metrics import MetricsFile
 from headwater.training.progress import Progress
-from headwater.training.run import LAST, RunFolder, new_folder, results_of, show, unfinished
+from headwater.tools.run_folder import LAST, RunFolder, new_folder, results_of, show, unfinished
 
 FOLDER = "HEADWATER_RUN"  # tells the other ranks of a run which folder the first one made
 
@@ -80,12 +80,13 @@ class HeadwaterCLI(LightningCLI):
         self.folder, checkpoint = self._folder(config)
         os.environ[FOLDER] = str(self.folder)
         config.trainer.default_root_dir = str(self.folder)
-        if checkpoint:
-            config.ckpt_path = str(checkpoint)
-        self._dump_config()
         if not _later_rank():
             (self.folder / "checkpoints").mkdir(exist_ok=True)
-            self.parser.save(self.config, str(self.folder / "config.yaml"), overwrite=True, skip_none=False, multifile=False)
+            merged = config.clone()
+            merged.pop("resume")  # what is saved starts the same run anew
+            self._parser("fit").save(merged, str(self.folder / "config.yaml"), overwrite=True, skip_none=False, multifile=False)
+        if checkpoint:
+            config.ckpt_path = str(checkpoint)
 
     @staticmethod
     def _strategy(trainer) -> str:
