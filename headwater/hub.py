@@ -65,8 +65,7 @@ class Backbone(nn.Module):
 
     def forward(self, **signals: Sequence[Any]) -> dict[str, Tensor]:
         """Lists of raw signals -> {modality: (B, D)} pooled vectors, with gradient."""
-        encoded = self.model.encode(self.model.embed(self.batch(signals)))
-        return {name: self.model.pool(name, t).x for name, t in encoded.items()}
+        return {name: pooled.x for name, pooled in self.model.represent(self.batch(signals)).items()}
 
     @torch.no_grad()
     def embed(self, **signals: Sequence[Any]) -> dict[str, Tensor]:
@@ -213,7 +212,7 @@ def _pooled(model: Model, name: str, raw: Tokens) -> Tensor:
     training, device = model.training, next(model.parameters()).device
     model.eval()
     prepared = model.encoder(name).reader.prepare(raw.map(lambda field: field.to(device)))
-    pooled = model.pool(name, model.encode(model.embed({name: prepared}))[name]).x
+    pooled = model.represent({name: prepared})[name].x
     model.train(training)
     return pooled.float().cpu()
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from headwater.spec import Described, plain
-from headwater.tokens import Pooled, Tokens, mean_pool
+from headwater.tokens import Pooled, Tokens, mean_pool, split_rows
 from headwater.trunk import Trunk
 
 Signal = Any  # what a reader decodes to: a uint8 picture (H, W, 3), a waveform, a string, an array of actions
@@ -131,6 +133,8 @@ class Model(nn.Module):
         space: size of a shared embedding space: each encoder's pooled vector is projected into it. None = no projection.
     """
 
+    chunks: int = 1  # pieces of `represent`; set by who trains, not part of what is exported
+
     def __init__(
         self,
         encoders: dict[str, Encoder | str],
@@ -189,6 +193,30 @@ class Model(nn.Module):
         """Encode, then fuse EMBEDDED tokens."""
         parts = self.encode(parts, causal, condition)
         return parts if self.fusion is None else self.fusion(parts, causal)
+
+    def represent(self, batch: dict[str, Tokens]) -> dict[str, Pooled]:
+        """Raw tokens -> one vector per sample and modality, (S, dim), each modality alone.
+
+        With `chunks` > 1 the rows go through in pieces and backward makes each piece again, so that memory holds the
+        activations of one piece only and losses that compare all samples have their exact gradient (GradCache, Gao et al.
+        2021, arXiv:2101.06983).
+        """
+        if self.chunks == 1 or not torch.is_grad_enabled():
+            return self._represent(batch)
+        pieces = split_rows(batch, self.chunks)
+        made = [checkpoint(self._represent, piece, use_reentrant=False) for piece in pieces]
+        rows = [next(iter(piece.values())).position.shape[0] for piece in pieces]
+        out = {}
+        for name, t in batch.items():
+            first = [0 if t.document is not None else sum(rows[:i]) for i in range(len(pieces))]
+            sample = torch.cat([piece[name].sample + start for piece, start in zip(made, first, strict=True)])
+            order = sample.argsort()
+            out[name] = Pooled(torch.cat([piece[name].x for piece in made])[order], sample[order])
+        return out
+
+    def _represent(self, batch: dict[str, Tokens]) -> dict[str, Pooled]:
+        encoded = self.encode(self.embed(batch))
+        return {name: self.pool(name, t) for name, t in encoded.items()}
 
     def pool(self, name: str, t: Tokens) -> Pooled:
         """Contextual tokens of one modality, before fusion -> one vector per sample, (S, dim)."""

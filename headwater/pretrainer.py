@@ -12,7 +12,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from headwater import distributed, random
-from headwater.datamodules.collate import split_rows
 from headwater.model import Model
 from headwater.objectives.objective import Batch, Objective, Term, weighted_sum
 from headwater.tokens import Tokens
@@ -22,8 +21,9 @@ from headwater.training.schedules import Cosine
 class Pretrainer(pl.LightningModule):
     """One optimizer step = one batch: every term is normalised by its number of targets in the whole step.
 
-    A batch may be cut into `micro` pieces to save memory: numbers are counted over all pieces and all ranks first, so the
-    result equals that of the uncut batch. That is why Lightning's own gradient accumulation is refused.
+    A batch may be cut into `micro` pieces to save memory: numbers are counted over all pieces and all ranks first, and losses
+    that compare samples get the whole batch's vectors with the activations of one piece at a time, so the result equals that
+    of the uncut batch. That is why Lightning's own gradient accumulation is refused.
 
     Args:
         backbone: what is trained and exported.
@@ -52,11 +52,7 @@ class Pretrainer(pl.LightningModule):
         self.backbone, self.objective = backbone, objective(backbone)
         self.make_optimizer, self.schedule = optimizer, schedule or Cosine()
         self.micro, self.clip, self.seed = micro, clip, seed
-        if micro > 1 and self.objective.coupled:
-            raise ValueError(
-                f"micro={micro} cuts the batch, but {type(self.objective).__name__} compares the samples of a batch with "
-                "one another; use micro: 1 and a smaller data.batch_size"
-            )
+        self.backbone.chunks = micro
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(decay_groups(self))
@@ -84,7 +80,7 @@ class Pretrainer(pl.LightningModule):
         optimizer: Any = self.optimizers()
         self.apply_schedule(optimizer)
         optimizer.zero_grad()
-        pieces = [self.hide(piece) for piece in split_rows(batch, self.micro)]
+        pieces = [self.hide(piece) for piece in self.objective.pieces(batch, self.micro)]
         numbers = count([self.objective.numbers(piece) for piece in pieces])
         totals: dict[str, list[Term]] = {name: [] for name in numbers}
         with explain_memory(batch):
@@ -170,11 +166,11 @@ def decay_groups(module: nn.Module) -> list[dict]:
 
 def count(numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Targets per term, over pieces and ranks."""
-    names = list(numbers[0])
-    if not names:
-        return {}
-    local = torch.stack([sum((piece[name].double() for piece in numbers), torch.zeros(())) for name in names])
-    return dict(zip(names, distributed.total(local), strict=True))
+    local: dict[str, Tensor] = {}
+    for piece in numbers:
+        for name, number in piece.items():
+            local[name] = local.get(name, 0) + number.double()
+    return dict(zip(local, distributed.total(torch.stack(list(local.values()))), strict=True))
 
 
 def check_needs(objective: Objective, provides: dict[str, tuple[str, ...]]) -> None:

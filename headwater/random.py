@@ -18,6 +18,7 @@ from headwater.tokens import Tokens
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
+_WORD = (1 << 64) - 1
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -38,11 +39,17 @@ def fold(seed: Tensor, number: Tensor | int | str) -> Tensor:
 
 
 def seed_of(*numbers: int) -> int:
-    """One non-negative 63-bit seed from several integers."""
-    seed = torch.zeros((), dtype=torch.int64)
+    """One non-negative 63-bit seed from several integers: `fold` from 0 on, in plain integers, because loaders ask it often."""
+    seed = 0
     for number in numbers:
-        seed = fold(seed, number)
-    return int(seed) & ((1 << 63) - 1)
+        seed = _mix_int(((seed + 1) * _GOLDEN + _mix_int(number * _GOLDEN & _WORD)) & _WORD)
+    return seed & (_WORD >> 1)
+
+
+def _mix_int(x: int) -> int:
+    x = (x ^ x >> 30) * _FIRST & _WORD
+    x = (x ^ x >> 27) * _SECOND & _WORD
+    return x ^ x >> 31
 
 
 def uniform(seed: Tensor, shape: Sequence[int], name: str) -> Tensor:

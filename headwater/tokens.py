@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +109,28 @@ def split(t: Tokens, lengths: Sequence[int]) -> list[Tokens]:
         return t.map(lambda field: field[:, end - n : end])
 
     return list(map(piece, lengths, accumulate(lengths)))
+
+
+def split_rows(batch: dict[str, Any], pieces: int) -> list[dict[str, Any]]:
+    """Cut a batch into pieces of whole rows. Packed rows keep their batch-wide sample numbers and the seeds of all samples.
+
+    What is neither Tokens nor a tensor of one entry per row goes into every piece.
+    """
+    if pieces == 1:
+        return [batch]
+    tokens = [t for t in batch.values() if isinstance(t, Tokens)]
+    packed = any(t.document is not None for t in tokens)
+    rows = tokens[0].position.shape[0]
+    if pieces > rows:
+        raise ValueError(f"found {rows} rows in a rank's batch and micro={pieces}; expected at most one piece per row")
+
+    def cut(value: Any, start: int, end: int) -> Any:
+        if isinstance(value, Tokens):
+            return value.map(lambda field: field[start:end])
+        return value[start:end] if isinstance(value, Tensor) and not packed else value
+
+    ends = [rows * (i + 1) // pieces for i in range(pieces)]
+    return [{name: cut(value, start, end) for name, value in batch.items()} for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def attention_mask(q: Tokens, k: Tokens, causal: bool = False) -> Mask:

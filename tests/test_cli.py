@@ -125,7 +125,7 @@ def test_one_override_changes_one_thing(here, change):
         (["--data.train.things.modalities", "[text, sound]"], ["sound", "no encoder of that name"]),
         (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "model.micro"]),
         (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val", "model.clip"]),
-        (["--model.micro", "2"], ["micro=2", "batch_size"]),
+        (["--model.micro", "9"], ["4 rows", "micro=9"]),
         (["--resume"], ["no run"]),
     ],
     ids=lambda value: str(value)[:40],

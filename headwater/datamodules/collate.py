@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,22 +73,3 @@ def _pad(rows: list[list[Tensor]], length: int, like: Tensor) -> Tensor:
             target[start : start + len(piece)] = piece
             start += len(piece)
     return out
-
-
-def split_rows(batch: dict, micro: int) -> list[dict]:
-    """Cut a batch into `micro` batches of whole rows. Packed rows keep their batch-wide sample numbers and all seeds."""
-    if micro == 1:
-        return [batch]
-    tokens = [t for t in batch.values() if isinstance(t, Tokens)]
-    packed = any(t.document is not None for t in tokens)
-    rows = tokens[0].position.shape[0]
-    if micro > rows:
-        raise ValueError(f"found {rows} rows in a rank's batch and micro={micro}; expected at most one micro-batch per row")
-    cuts = torch.arange(rows).tensor_split(micro)
-
-    def piece(value: Any, cut: Tensor) -> Any:
-        if isinstance(value, Tokens):
-            return value.map(lambda field: field[cut[0] : cut[-1] + 1])
-        return value if packed else value[cut[0] : cut[-1] + 1]
-
-    return [{name: piece(value, cut) for name, value in batch.items()} for cut in cuts]

@@ -42,7 +42,7 @@ class Retrieval(pl.Callback):
     ) -> None:
         model = pl_module.backbone
         for name in {n for pair in self.pairs for n in pair if n in batch}:
-            pooled = model.pool(name, model.encoder(name)(model.embed({name: batch[name]})[name]))
+            pooled = model.represent({name: batch[name]})[name]
             sample = batch["sample"][pooled.sample]
             row = (sample, F.normalize(pooled.x.float(), dim=-1), fingerprint(batch[name])[pooled.sample])
             self._kept.setdefault(dataloader_idx, {}).setdefault(name, []).append(row)

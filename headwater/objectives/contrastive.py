@@ -57,9 +57,8 @@ class Contrastive(Objective):
         return {"contrastive": both.sum()}
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
-        encoded = model.encode(model.embed(part(batch, self.needs)))
-        pooled = (model.pool(name, encoded[name]) for name in self.needs)
-        a, b = (F.normalize(x.float(), dim=-1) for x in join(*pooled))
+        pooled = model.represent(part(batch, self.needs))
+        a, b = (F.normalize(x.float(), dim=-1) for x in join(pooled[self.a], pooled[self.b]))
         (every_a, first), (every_b, _) = gather(a), gather(b)
         scale = self.log_scale.exp()
         total = softmax_pairs(a, b, every_a, every_b, first, scale)

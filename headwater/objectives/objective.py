@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater.model import Model
-from headwater.tokens import Tokens
+from headwater.tokens import Tokens, split_rows
 
 Batch = dict[str, Any]  # modality -> Tokens, "seed" and "sample" (S,) int64, and what `task` adds
 
@@ -30,11 +30,16 @@ class Term(NamedTuple):
 class Objective(nn.Module):
     """Subclasses read widths from the model in __init__, build heads, and keep no reference to it.
 
-    needs: batch keys that are read. coupled: the loss mixes samples, so a batch cannot be cut into micro-batches.
+    needs: batch keys that are read. coupled: the loss compares the samples of a batch, so it is not cut into micro-batches;
+    such objectives ask `model.represent`, which saves the memory instead.
     """
 
     needs: tuple[str, ...] = ()
     coupled: bool = False
+
+    def pieces(self, batch: Batch, micro: int) -> list[Batch]:
+        """What is hidden and scored one after the other to save memory; together the terms are those of the whole batch."""
+        return [batch] if self.coupled else split_rows(batch, micro)
 
     def start(self, model: Model) -> None:
         """After weights are loaded: copy teachers here."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from headwater.model import Model
 from headwater.objectives.objective import Batch, Objective, Term
+from headwater.tokens import split_rows
 
 
 class Weighted(Objective):
@@ -33,7 +34,17 @@ class Weighted(Objective):
         self.coupled = any(part.coupled for part in self.parts.values())
 
     def _served(self, batch: Batch) -> dict[str, Objective]:
-        return {name: part for name, part in self.parts.items() if all(need in batch for need in part.needs)}
+        asked = batch.get("parts", self.parts)
+        return {name: self.parts[name] for name in asked if all(need in batch for need in self.parts[name].needs)}
+
+    def pieces(self, batch: Batch, micro: int) -> list[Batch]:
+        """The parts that compare samples on the whole batch, the others piece by piece."""
+        served = self._served(batch)
+        coupled = [name for name, part in served.items() if part.coupled]
+        others = [name for name in served if name not in coupled]
+        if micro == 1 or not coupled:
+            return split_rows(batch, micro)
+        return [{**batch, "parts": coupled}, *({**piece, "parts": others} for piece in split_rows(batch, micro) if others)]
 
     def start(self, model: Model) -> None:
         for part in self.parts.values():

@@ -24,9 +24,9 @@ from headwater import evaluation, fusion, modalities, objectives  # importing th
 from headwater.cli import recipe_name
 from headwater.datamodules.datamodule import ShardDataModule
 from headwater.pretrainer import Pretrainer
+from headwater.tools.run_folder import LAST, RunFolder, new_folder, results_of, show, unfinished
 from headwater.training.metrics import MetricsFile
 from headwater.training.progress import Progress
-from headwater.tools.run_folder import LAST, RunFolder, new_folder, results_of, show, unfinished
 
 FOLDER = "HEADWATER_RUN"  # tells the other ranks of a run which folder the first one made
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from headwater.datamodules.collate import assign, collate, split_rows
-from headwater.tokens import Tokens
+from headwater.datamodules.collate import assign, collate
+from headwater.tokens import Tokens, split_rows
 
 
 def tokens(n, first=0, order=False):
