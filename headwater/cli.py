@@ -6,7 +6,6 @@ import os
 import sys
 from importlib import import_module
 from importlib.resources import files
-from pathlib import Path
 
 TRAINING = {
     "fit": "Train a model by a recipe, evaluate it and export its backbone",
@@ -109,12 +108,6 @@ def translate(given: list[str]) -> list[str]:
         else:
             out.append(option)
     return [*out[:1], *recipes, *out[1:]]
-
-
-def recipe_name(given: list[str]) -> str:
-    """The bare name of the last recipe on a translated command line."""
-    named = [Path(given[i + 1]).stem for i, part in enumerate(given[:-1]) if part == "--config"]
-    return named[-1] if named else "run"
 
 
 if __name__ == "__main__":

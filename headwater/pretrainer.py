@@ -117,19 +117,17 @@ class Pretrainer(pl.LightningModule):
 
     def report(self, totals: dict[str, list[Term]], numbers: dict[str, Tensor]) -> None:
         """Log each term's mean over all its targets on all ranks."""
-        local = [sum((t.total.detach().double() for t in terms), torch.zeros(())) for terms in totals.values()]
+        local = [sum((t.total.detach().float() for t in terms), torch.zeros(())) for terms in totals.values()]
         sums = distributed.total(torch.stack(local))
         for name, value in zip(totals, sums, strict=True):
-            self.log(f"train/{name}", (value / numbers[name].clamp(min=1)).float(), prog_bar=True)
+            self.log(f"train/{name}", value / numbers[name].clamp(min=1), prog_bar=True)
             for key, metric in totals[name][-1].metrics.items():
                 self.log(f"train/{name}/{key}", metric)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Pooled vectors of every modality, {"sample": (S,), modality: (S, dim)}; zeros where a sample lacks it."""
-        encoded = self.backbone.encode(self.backbone.embed(batch))
         out = {"sample": batch["sample"]}
-        for name, t in encoded.items():
-            pooled = self.backbone.pool(name, t)
+        for name, pooled in self.backbone.represent({k: t for k, t in batch.items() if isinstance(t, Tokens)}).items():
             out[name] = pooled.x.new_zeros(len(batch["sample"]), pooled.x.shape[-1]).index_copy(0, pooled.sample, pooled.x)
         return out
 
@@ -169,7 +167,7 @@ def count(numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     local: dict[str, Tensor] = {}
     for piece in numbers:
         for name, number in piece.items():
-            local[name] = local.get(name, 0) + number.double()
+            local[name] = local.get(name, 0) + number.long()
     return dict(zip(local, distributed.total(torch.stack(list(local.values()))), strict=True))
 
 

@@ -17,10 +17,7 @@ from headwater.tokens import Tokens
 
 
 def shift(t: Tokens, start: int | None) -> Tokens:
-    """Each place holds the value before it; the first place of a document holds `start`, or zeros for vectors.
-
-    Padding inside a row would end up as an input, so it is made the start value too.
-    """
+    """Each place holds the value before it; the first place of a document holds `start`, or zeros for vectors."""
     before = F.pad(t.x, (1, 0) if t.x.ndim == 2 else (0, 0, 1, 0))[:, :-1]
     first = t.place() == 0
     first = first if t.x.ndim == 2 else first[..., None]

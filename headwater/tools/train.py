@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import save_file
 
 from headwater import evaluation, fusion, modalities, objectives  # importing them lets recipes name their classes barely
-from headwater.cli import recipe_name
 from headwater.datamodules.datamodule import ShardDataModule
 from headwater.pretrainer import Pretrainer
 from headwater.tools.run_folder import LAST, RunFolder, new_folder, results_of, show, unfinished
@@ -97,8 +96,8 @@ class HeadwaterCLI(LightningCLI):
     def _folder(self, config) -> tuple[Path, Path | None]:
         """The run folder, and the checkpoint to go on from."""
         root, recipe = Path(config.runs), recipe_name(self.given)
-        if _later_rank() and FOLDER in os.environ:
-            folder = Path(os.environ[FOLDER])
+        if _later_rank() and (FOLDER in os.environ or config.resume is None):
+            folder = Path(os.environ.get(FOLDER, root / recipe))  # only the first rank writes
         elif config.resume is None:
             return new_folder(root, recipe), None
         else:
@@ -135,6 +134,8 @@ class HeadwaterCLI(LightningCLI):
 
     def predict(self, **kwargs) -> None:
         """Write each held-out source's sample ids and pooled vectors."""
+        if self.trainer.world_size > 1:
+            raise ValueError(f"found {self.trainer.world_size} devices; `predict` writes from one. Add --trainer.devices 1")
         every: Any = self.trainer.predict(**kwargs)
         batches = every if len(self.datamodule.validation) > 1 else [every]
         target = Path(self.config[self.subcommand].out)
@@ -155,6 +156,12 @@ class HeadwaterCLI(LightningCLI):
 
 def _later_rank() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0 or int(os.environ.get("RANK", "0")) > 0
+
+
+def recipe_name(given: list[str]) -> str:
+    """The bare name of the last recipe on a translated command line."""
+    named = [Path(given[i + 1]).stem for i, part in enumerate(given[:-1]) if part == "--config"]
+    return named[-1] if named else "run"
 
 
 def run(given: list[str]) -> None:
