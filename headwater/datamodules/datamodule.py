@@ -63,12 +63,19 @@ class ShardDataModule(pl.LightningDataModule):
         self.sources = [OpenSource(n, s, self.readers, self.seed, self.window) for n, s in self.train.items()]
         self.validation = [OpenSource(n, s, self.readers, self.seed, 0) for n, s in self.held_out.items()]
         for source in [*self.sources, *self.validation]:
-            self.faults.update(source.faults)
+            self.faults |= Counter(source.faults)  # once, however often the sources are opened
         for source in self.sources:
             size = source.source.batch_size or self.batch_size
             if source.order.total < size:
                 found = f"source {source.name} holds {source.order.total} samples"
                 rank_zero_warn(f"{found}, fewer than a batch of {size}: a batch repeats some")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What went wrong so far; where the order stands follows from the step."""
+        return {"faults": dict(self.faults), "members_read": self.members_read}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.faults, self.members_read = Counter(state_dict["faults"]), state_dict["members_read"]
 
     @property
     def readers(self) -> dict[str, Reader]:

@@ -72,6 +72,7 @@ def contact_sheet(sheet: dict[str, Any], target: Path) -> None:
     axes[0][0].set_title("right", fontsize=8)
     axes[0][1].set_title("nearest", fontsize=8, loc="left")
     figure.suptitle(sheet["title"], fontsize=9)
-    figure.subplots_adjust(left=0.22, right=0.98, top=0.92, bottom=0.02, wspace=0.1, hspace=0.15)
+    head = 0.6 / figure.get_figheight()  # inches for the two lines above the first row
+    figure.subplots_adjust(left=0.22, right=0.98, top=1 - head, bottom=0.02, wspace=0.1, hspace=0.15)
     figure.savefig(target, dpi=110)
     plt.close(figure)
