@@ -123,7 +123,7 @@ def test_one_override_changes_one_thing(here, recipe, option, value, found):
         (["--data.train.things.shards", "/nowhere/x.tar"], ["/nowhere/x.tar", "expected", "headwater shard"]),
         (["--data", "/nowhere"], ["/nowhere", "headwater shard"]),
         (["--model.objective.b", "audio"], ["no encoder for 'audio'", "image, text"]),
-        (["--data.train.things.modalities", "[text]"], ["needs image, text", "things provides text", "Take the source out"]),
+        (["--data.train.things.modalities", "[text]"], ["needs image, text", "provides things: text", "Add shards"]),
         (["--data.train.things.modalities", "[text, sound]"], ["sound", "no encoder of that name"]),
         (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "model.micro"]),
         (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val", "model.clip"]),

@@ -108,7 +108,8 @@ class OpenSource:
                 sample[name] = reader.tokens(signal, view)
             except Exception as error:  # any decoder may raise anything on damaged bytes; the sample is named, not lost
                 where = f"{self.shards[shard].path}: {self.shards[shard].keys[row]}.{member}"
-                faults.append(f"{where}: {type(error).__name__}: {error}")
+                said = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # the same fault reads the same each time
+                faults.append(f"{where}: {type(error).__name__}: {said}")
         return sample, faults
 
     def _view(self, name: str, seed: int, epoch: int, shard: int, row: int) -> torch.Tensor | None:
