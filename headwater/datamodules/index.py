@@ -109,24 +109,29 @@ def save_index(index: ShardIndex) -> Path:
 
 
 def load_index(tar: str | Path) -> ShardIndex:
-    """The index beside `tar`; scanned anew when it is missing or was written for a tar of another size."""
+    """The index beside `tar`; scanned anew when it is missing, damaged or was written for a tar of another size."""
     if not os.path.exists(tar):
         raise FileNotFoundError(f"shard {tar} does not exist; check the path or glob, or write it with `headwater shard`")
     beside = index_path(tar)
-    if beside.exists():
-        table = pa.ipc.open_file(pa.memory_map(str(beside))).read_all()
-        note = json.loads(table.schema.metadata[b"headwater"])
-        if note["version"] == VERSION and note["bytes"] == os.path.getsize(tar):
-            column = {n: table[n].to_numpy() for n in table.column_names if n != "key"}
-            extensions = [n.removeprefix("size.") for n in column if n.startswith("size.")]
-            return ShardIndex(
-                str(tar),
-                table["key"].combine_chunks(),
-                {e: column[f"offset.{e}"] for e in extensions},
-                {e: column[f"size.{e}"] for e in extensions},
-                tuple(note["faults"]),
-            )
+    found = _read(tar, beside)
+    if found is not None:
+        return found
     index = scan(tar)
     if os.access(beside.parent, os.W_OK):
         save_index(index)
     return index
+
+
+def _read(tar: str | Path, beside: Path) -> ShardIndex | None:
+    """The saved index, or None when there is none, it is damaged, or it was written for a tar of another size."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(beside))).read_all()
+        note = json.loads(table.schema.metadata[b"headwater"])
+    except (FileNotFoundError, pa.ArrowInvalid, TypeError, KeyError, ValueError):
+        return None
+    if note["version"] != VERSION or note["bytes"] != os.path.getsize(tar):
+        return None
+    column = {n: table[n].to_numpy() for n in table.column_names if n != "key"}
+    extensions = [n.removeprefix("size.") for n in column if n.startswith("size.")]
+    offset, size = ({e: column[f"{kind}.{e}"] for e in extensions} for kind in ("offset", "size"))
+    return ShardIndex(str(tar), table["key"].combine_chunks(), offset, size, tuple(note["faults"]))

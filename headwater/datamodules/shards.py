@@ -18,6 +18,7 @@ from headwater.datamodules.index import ShardIndex, load_index
 from headwater.datamodules.order import Order, turn
 from headwater.embedded import place
 from headwater.model import Reader
+from headwater.tokens import Tokens
 
 
 def expand(pattern: str) -> list[str]:
@@ -103,7 +104,7 @@ class OpenSource:
             if member is None:
                 continue
             try:
-                signal = reader.decode({member: members[member]})
+                signal = reader.decode(members)
                 view = self._view(name, seed, epoch, shard, row)
                 sample[name] = reader.tokens(signal, view)
             except Exception as error:  # any decoder may raise anything on damaged bytes; the sample is named, not lost
@@ -173,14 +174,15 @@ class ShardDataset(IterableDataset):
         present = [k for k in names if any(k in sample for sample, _ in read)]
         batch: dict[str, Any] = collate([sample for sample, _ in read], present, self.pack)
         for name in set(names) - set(present):  # every one of this rank was undecodable; other ranks must not wait for it
-            batch[name] = self._nothing(plan, name, len(read))
+            batch[name] = self._nothing(plan, name, batch[present[0]].position.shape[0] if present else len(read))
         ids = [self.identity(source, index) for source, index in plan[self.rank :: self.world]]
         batch["sample"] = torch.tensor([i for i, _ in ids])
         batch["seed"] = torch.tensor([s for _, s in ids])
         batch["faults"] = [fault for _, faults in read for fault in faults]
         return {name: batch[name] for name in [*names, "sample", "seed", "faults"]}
 
-    def _nothing(self, plan: list[tuple[int, int]], name: str, rows: int):
+    def _nothing(self, plan: list[tuple[int, int]], name: str, rows: int) -> Tokens:
+        """Rows of a modality without one valid token."""
         source = next(s for s, _ in plan if name in self.sources[s].readers)
         stand_in = self.sources[source].readers[name].example(1, 0)[0]
         filled = collate([{name: stand_in}] * rows, [name])[name]

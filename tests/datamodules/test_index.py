@@ -114,6 +114,13 @@ def test_a_stale_index_is_made_anew(tar):
     assert index_path(tar).stat().st_mtime_ns == again  # and is kept
 
 
+@pytest.mark.parametrize("damage", [b"", b"no index", None], ids=["empty", "other", "cut"])
+def test_a_damaged_index_is_made_anew(tar, damage):
+    path = index_path(tar)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage is None else damage)
+    assert contents(load_index(tar)) == SAMPLES
+
+
 def test_a_missing_index_is_made_and_stays(tar, monkeypatch):
     index_path(tar).unlink()
     assert contents(load_index(tar)) == SAMPLES
