@@ -225,7 +225,8 @@ def launch(*options, recipe="clip", **more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **more)
 
 
-def test_sigterm_and_resume_end_like_the_uninterrupted_run(here):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_like_the_uninterrupted_one(here, number):
     steps = ["--trainer.max_steps", "60", "--trainer.accelerator", "cpu", "--data.batch_size", "8", "--data.workers", "1"]
     steps += ["--trainer.log_every_n_steps", "1", *TINY, "--data", "out"]
     pictures(here / "mine", 20)
@@ -240,7 +241,7 @@ def test_sigterm_and_resume_end_like_the_uninterrupted_run(here):
         assert killed.poll() is None, killed.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGTERM)  # as a scheduler does: the loader's workers get it too
+    os.killpg(killed.pid, number)  # as a scheduler or a terminal does: the loader's workers get it too
     said = killed.communicate()[0]
     assert killed.returncode == 143, said
     assert "--resume killed/clip/000" in said

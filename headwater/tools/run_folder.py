@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,18 @@ class RunFolder(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.forget(trainer.global_step)
+        signal.signal(signal.SIGINT, stop_after_this_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every == 0:
             self.save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException | KeyboardInterrupt) and trainer.training and trainer.global_step:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if isinstance(exception, SIGTERMException) and trainer.training and trainer.global_step:
             self.save(trainer)
             print(f"stopped at step {trainer.global_step}; go on with the same command and --resume {self.folder}", flush=True)
 
@@ -111,6 +117,13 @@ class RunFolder(pl.Callback):
         show(results, summary["skipped"])
         print(f"run folder: {self.folder}")
         return summary
+
+
+def stop_after_this_step(number: int, frame: Any) -> None:
+    """The first Ctrl-C asks for an orderly end, as SIGTERM does; the second stops at once, without a checkpoint."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("finishing this step to write a checkpoint; once more stops at once", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def results_of(trainer: Any) -> list[Result]:

@@ -71,8 +71,10 @@ class Progress(LightningProgressBar):
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table("loss of", "now", title=self._where(trainer), title_justify="left", box=None)
+        table = Table("loss of", "now", box=None)
         for name, value in self._losses(trainer).items():
             table.add_row(name, f"{value:.4f}")
-        return Group(ProgressBar(total=trainer.max_steps, completed=trainer.global_step, width=60), table)
+        bar = ProgressBar(total=trainer.max_steps, completed=trainer.global_step, width=60)
+        return Group(bar, Text(self._where(trainer), no_wrap=True), table)
