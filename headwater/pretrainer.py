@@ -92,11 +92,14 @@ class Pretrainer(pl.LightningModule):
                     self.manual_backward(self.touch_all(weighted_sum(terms, numbers, distributed.world()), last))
                 for name, term in terms.items():
                     totals[name].append(term)
-        if self.clip:
-            self.clip_gradients(optimizer, self.clip, "norm")
         optimizer.step()
         self.objective.after_step(self.backbone, self.global_step)
         self.report(totals, numbers)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip here: Lightning calls this after it has taken fp16's loss scale out of the gradients."""
+        if self.clip:
+            self.clip_gradients(optimizer, self.clip, "norm")
 
     def hide(self, batch: Batch) -> Batch:
         """The objective's task, without gradient."""
