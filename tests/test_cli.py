@@ -56,7 +56,7 @@ def refused(capsys, *options, recipe="clip"):
         cli.main(["fit", "--config", recipe, *options])
     said = str(stop.value.code)
     assert said.startswith("headwater: ")
-    assert not list(Path("runs").rglob("metrics.csv")), "a step was made before the mistake was found"
+    assert not list(Path("runs").rglob("config.yaml")), "a step was made, or a run folder was left, for a mistake"
     return said
 
 

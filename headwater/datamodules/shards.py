@@ -86,6 +86,8 @@ class OpenSource:
         if not self.readers:
             known = {k: r.extensions for k, r in readers.items()}
             raise ValueError(f"source {name} has the members {self.members}, which no encoder reads; the encoders read {known}")
+        for reader in self.readers.values():
+            fitting(reader, reader.example(1, 0)[0])  # before step 0 rather than in a worker, or in the export at the end
         self.order = Order([len(shard) for shard in self.shards], random.seed_of(seed, *name.encode()), window)
         self._files: dict[int, int] = {}
 
@@ -106,7 +108,7 @@ class OpenSource:
             try:
                 signal = reader.decode(members)
                 view = self._view(name, seed, epoch, shard, row)
-                sample[name] = reader.tokens(signal, view)
+                sample[name] = fitting(reader, reader.tokens(signal, view))
             except Exception as error:  # any decoder may raise anything on damaged bytes; the sample is named, not lost
                 where = f"{self.shards[shard].path}: {self.shards[shard].keys[row]}.{member}"
                 said = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # the same fault reads the same each time
@@ -127,6 +129,17 @@ class OpenSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # file descriptors do not cross processes
+
+
+def fitting(reader: Reader, t: Tokens) -> Tokens:
+    """The tokens of one sample, if they have the shape that the reader promises."""
+    promised = (t.x.shape[0], *(() if reader.vocab else (reader.features,)))
+    if tuple(t.x.shape) != promised or t.position.ndim != 2 or len(t.position) != len(t.x):
+        raise ValueError(
+            f"{type(reader).__name__}.tokens gave x {tuple(t.x.shape)} and position {tuple(t.position.shape)}; expected x "
+            f"{promised} by its features and vocab, and position (N, P)"
+        )
+    return t
 
 
 class ShardDataset(IterableDataset):

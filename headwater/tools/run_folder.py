@@ -34,6 +34,11 @@ def new_folder(root: Path, recipe: str) -> Path:
             return folder
 
 
+def is_unused(folder: Path) -> bool:
+    """True for a run folder without a metric, checkpoint or summary."""
+    return folder.is_dir() and not any((folder / name).exists() for name in ("metrics.csv", LAST, SUMMARY))
+
+
 def unfinished(root: Path, recipe: str) -> Path:
     """The newest run of a recipe that has no summary."""
     runs = sorted((p for p in (root / recipe).glob("*") if p.name.isdigit()), key=lambda p: int(p.name))

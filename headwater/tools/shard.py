@@ -29,6 +29,7 @@ def shard(
     train: float = 1.0,
     size: int | None = None,
     overwrite: bool = False,
+    keep: str = "",
 ) -> None:
     """Make WebDataset shards from a folder tree, an image folder or a manifest.
 
@@ -43,12 +44,14 @@ def shard(
         train: share of samples in the train shards, by a hash of the source name; the rest goes to validation shards.
         size: re-encode larger images so that the longer side has this many pixels (first frame only); default: original bytes.
         overwrite: replace the shards that `out` holds.
+        keep: further extensions, "csv,beats", for readers of your own; these files are taken as they are.
     """
     root, folder = Path(source), Path(out)
     old = _refuse(root, folder, samples, train, size, overwrite)
     if root.is_dir() and caption is not None:
         raise SystemExit(f"--caption {caption} names a manifest column but {root} is a folder; leave it out, or give a manifest")
-    found = read_folder(root, folder) if root.is_dir() else read_manifest(root, caption)
+    more = [extension.strip().lstrip(".").lower() for extension in keep.split(",") if extension.strip()]
+    found = read_folder(root, folder, more) if root.is_dir() else read_manifest(root, caption, more)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     console.print(f"{show(root)}: {found.kind}, {len(found.samples)} samples found")
     shards, members, skipped = _write(found, folder, samples, train, size, console.is_terminal)
@@ -148,10 +151,8 @@ def _content(path: Path, size: int | None) -> bytes:
         return _text(content)
     if not content:
         raise ValueError("empty file (0 bytes)")
-    if extension not in KIND:
-        raise ValueError(f"extension .{extension} is not known")
     describe(extension, content)
-    return _shrink(content, size) if size and KIND[extension] == "image" else content
+    return _shrink(content, size) if size and KIND.get(extension) == "image" else content
 
 
 def _text(content: bytes) -> bytes:

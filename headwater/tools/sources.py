@@ -7,7 +7,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,13 +43,20 @@ class Found(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
-def read_folder(root: Path, out: Path) -> Found:
-    """Samples of a folder: one per image when all are images in subfolders, else one per stem and folder."""
+def read_folder(root: Path, out: Path, keep: Collection[str] = ()) -> Found:
+    """Samples of a folder: one per image when all are images in subfolders, else one per stem and folder.
+
+    keep: extensions beside the known ones.
+    """
     files = sorted(_walk(root, out))
-    known = [f for f in files if extension_of(f.name) in KIND]
-    unknown = [f for f in files if extension_of(f.name) not in KIND]
-    skipped = [Skip(show(f.relative_to(root)), f"extension {f.suffix or '(none)'} is not known") for f in unknown]
-    if known and all(KIND[extension_of(f.name)] == "image" and f.parent != root for f in known):
+    wanted = {*KIND, *keep}
+    known = [f for f in files if extension_of(f.name) in wanted]
+    unknown = [f for f in files if extension_of(f.name) not in wanted]
+    skipped = [
+        Skip(show(f.relative_to(root)), f"extension {f.suffix or '(none)'} is not known; --keep takes further ones")
+        for f in unknown
+    ]
+    if known and all(KIND.get(extension_of(f.name)) == "image" and f.parent != root for f in known):
         return _image_folder(root, known, skipped)
     return _folder_tree(root, known, skipped)
 
@@ -62,7 +69,9 @@ def _folder_tree(root: Path, files: list[Path], skipped: list[Skip]) -> Found:
         if first != f:
             skipped.append(Skip(show(f.relative_to(root)), f"same stem and extension as {show(first.name)}; rename one"))
     # The name is the main file's path: it says where the sample came from and survives a move of the whole folder.
-    samples = [Sample(show(group[min(group, key=RANK.__getitem__)].relative_to(root)), group, {}, {}) for group in groups.values()]
+    samples = [
+        Sample(show(group[min(group, key=lambda e: RANK.get(e, -1))].relative_to(root)), group, {}, {}) for group in groups.values()
+    ]
     return Found("folder tree", sorted(samples, key=lambda sample: sample.name), skipped)
 
 
@@ -95,8 +104,9 @@ def _stop(error: OSError) -> None:
     )
 
 
-def read_manifest(path: Path, caption: str | None) -> Found:
-    """Samples of a manifest's rows, in the order of their first file."""
+def read_manifest(path: Path, caption: str | None, keep: Collection[str] = ()) -> Found:
+    """Samples of a manifest's rows, in the order of their first file. keep: extensions beside the known ones."""
+    wanted = {*KIND, *keep}
     try:
         rows = list(_rows(path))
     except (ValueError, csv.Error) as error:
@@ -106,14 +116,14 @@ def read_manifest(path: Path, caption: str | None) -> Found:
     columns = list(dict.fromkeys(name for _, row in good for name in row))
     for name in (c for _, row in good for c, v in row.items() if isinstance(v.get("bytes") if isinstance(v, dict) else v, bytes)):
         raise SystemExit(f"{path}: column {name!r} holds bytes; expected file paths and texts; save the bytes as files first")
-    prefixes = _file_columns(columns, [row for _, row in good])
+    prefixes = _file_columns(columns, [row for _, row in good], wanted)
     if caption is not None and caption not in columns:
         raise SystemExit(f"{path} has no column {caption!r}; it has {', '.join(columns)}; give one of them as --caption")
     guesses = [c for g in CAPTIONS for c in columns if c.lower() == g and c not in prefixes]
     text = caption or next(iter(guesses), None)
     samples: list[Sample] = []
     for number, row in good:
-        sample = _row_sample(path, number, row, prefixes, None if text in prefixes else text)
+        sample = _row_sample(path, number, row, prefixes, None if text in prefixes else text, wanted)
         (samples if isinstance(sample, Sample) else skipped).append(sample)  # type: ignore[arg-type]
     kind = f"{path.suffix[1:].upper()} manifest, file columns: {', '.join(prefixes) or 'none'}, caption column: {text or 'none'}"
     return Found(kind, sorted(samples, key=lambda sample: sample.name), skipped)
@@ -153,7 +163,7 @@ def _json_row(line: str) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
 
 
-def _file_columns(columns: list[str], rows: list[dict[str, Any]]) -> dict[str, str]:
+def _file_columns(columns: list[str], rows: list[dict[str, Any]], wanted: Collection[str]) -> dict[str, str]:
     """Columns whose values mostly end in a known extension -> prefix that keeps members of two columns apart.
 
     The file need not exist: a wrong folder must show as missing files, not as text.
@@ -162,18 +172,22 @@ def _file_columns(columns: list[str], rows: list[dict[str, Any]]) -> dict[str, s
     taken: set[str] = set()
     for column in columns:
         values = [value for row in rows if isinstance(value := row.get(column), str) and value.strip()]
-        extensions = [e for value in values if (e := extension_of(value.strip())) in KIND]
+        extensions = [e for value in values if (e := extension_of(value.strip())) in wanted]
         if values and 2 * len(extensions) >= len(values):
             prefixes[column] = re.sub(r"\W+", "_", column).lower() + "." if taken & set(extensions) else ""
             taken.update(extensions)
     return prefixes
 
 
-def _row_sample(path: Path, number: int, row: dict[str, Any], prefixes: dict[str, str], text: str | None) -> Sample | Skip:
+def _row_sample(
+    path: Path, number: int, row: dict[str, Any], prefixes: dict[str, str], text: str | None, wanted: Collection[str]
+) -> Sample | Skip:
     named = {c: row[c].strip() for c in prefixes if isinstance(row.get(c), str) and row[c].strip()}
     name = next(iter(named.values()), f"{path.name}:{number}")
     if prefixes and not named:
         return Skip(name, f"no file named in {', '.join(prefixes)}")
+    if odd := [v for v in named.values() if extension_of(v) not in wanted]:
+        return Skip(name, f"extension .{extension_of(odd[0])} is not known; --keep takes further ones")
     row = {c: None if value != value else value for c, value in row.items()}  # NaN is no JSON and no caption
     facts = {c: value for c, value in row.items() if c not in prefixes and c != text}
     texts = {}

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from headwater import evaluation, fusion, modalities, objectives  # importing them lets recipes name their classes barely
 from headwater.datamodules.datamodule import ShardDataModule
 from headwater.pretrainer import Pretrainer
-from headwater.tools.run_folder import LAST, RunFolder, new_folder, results_of, show, unfinished
+from headwater.tools.run_folder import LAST, RunFolder, is_unused, new_folder, results_of, show, unfinished
 from headwater.training.metrics import MetricsFile
 from headwater.training.progress import Progress
 
@@ -177,6 +178,10 @@ def run(given: list[str]) -> None:
         raise ValueError(explain(str(error))) from error
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
+    finally:
+        folder = "" if _later_rank() else os.environ.pop(FOLDER, "")
+        if folder and is_unused(Path(folder)):
+            shutil.rmtree(folder)  # it stopped before its first step; --resume should not find it
 
 
 def explain(message: str) -> str:

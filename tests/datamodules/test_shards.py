@@ -148,3 +148,13 @@ def test_sources_cross_processes(readers):
     source.read(0, 0)
     again = pickle.loads(pickle.dumps(source))
     assert same(again.read(5, 0)[0], source.read(5, 0)[0])
+
+
+def test_a_reader_that_breaks_its_promise_is_named(readers):
+    reader = pickle.loads(pickle.dumps(readers["image"]))
+    source = OpenSource("s", Source("embedded:things-seen-*.tar"), {"image": reader}, 0, 4)
+    reader.features = 5
+    assert "ImageReader.tokens gave x (16, 768)" in source.read(0, 0)[1][0]
+    assert "expected x (16, 5)" in source.read(0, 0)[1][0]
+    with pytest.raises(ValueError, match=r"gave x \(16, 768\)"):
+        OpenSource("s", Source("embedded:things-seen-*.tar"), {"image": reader}, 0, 4)

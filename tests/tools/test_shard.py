@@ -287,3 +287,14 @@ def test_import_is_light():
     code = "import sys, headwater.tools.shard, headwater.tools.inspect; sys.exit(any(m in sys.modules for m in names))"
     code = f"names = ('torch', 'av', 'PIL'); {code}"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_files_of_a_modality_of_ones_own_are_kept_on_request(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.beats").write_text("600\n700")
+        (tmp_path / f"in/{i}.txt").write_text(f"heart {i}")
+    shard(str(tmp_path / "in"), str(tmp_path / "out"), keep=".beats, csv")
+    index = load_index(tmp_path / "out/train-00000.tar")
+    assert set(index.extensions) == {"beats", "json", "txt"}
+    assert (index.size["beats"] == 7).all()
