@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import headwater
 from headwater import cli
@@ -93,7 +94,31 @@ def test_run_folder_holds_what_the_docs_say(here):
     assert checkpoint["global_step"] == 2
     cli.main(["validate", "--config", "clip", *SMALL, *TINY, "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
     cli.main(["predict", "--config", "clip", *SMALL, *TINY, "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
-    assert Path("predictions/seen.safetensors").exists()
+    written = load_file("predictions/seen.safetensors")
+    assert written["sample"].tolist() == list(range(160))  # each once, though the last batch wraps round
+    assert written["image"].shape == written["text"].shape == (160, 128)
+    with pytest.raises(SystemExit, match=r"needs a checkpoint.*runs/clip/000/checkpoints/last.ckpt"):
+        cli.main(["validate", "--config", "clip", *SMALL, *TINY])
+
+
+def test_an_error_in_a_worker_ends_the_run(here):
+    Path("mine.py").write_text(
+        "import torch\nfrom headwater.modalities.text import Text, TextReader\nfrom headwater.trunk import Trunk\n"
+        "class Broken(TextReader):\n    def tokens(self, signal, view=None):\n        t = super().tokens(signal)\n"
+        "        return t._replace(position=t.position.expand(-1, 1 + len(t.x) % 3))\n"
+        "class BrokenText(Text):\n    def __init__(self, trunk: Trunk):\n        super().__init__(trunk)\n"
+        "        self.reader = Broken()\n"
+    )
+    model = [
+        "--model.objective",
+        "Causal",
+        "--model.backbone.encoders",
+        "{text: {class_path: mine.BrokenText, init_args: {trunk: {width: 32}}}}",
+    ]
+    run = launch(*SMALL, *model, "--data.workers", "1", "--trainer.callbacks", "null")
+    said = run.communicate(timeout=100)[0]
+    assert run.returncode == 1, said
+    assert "DataLoader worker" in said
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ class OpenSource:
 
 def fitting(reader: Reader, t: Tokens) -> Tokens:
     """The tokens of one sample, if they have the shape that the reader promises."""
+    if not isinstance(t, Tokens):
+        raise ValueError(f"{type(reader).__name__}.tokens gave a {type(t).__name__}; expected Tokens(x, position)")
     promised = (t.x.shape[0], *(() if reader.vocab else (reader.features,)))
     if tuple(t.x.shape) != promised or t.position.ndim != 2 or len(t.position) != len(t.x):
         raise ValueError(

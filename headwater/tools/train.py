@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 from headwater import evaluation, fusion, modalities, objectives  # importing them lets recipes name their classes barely
 from headwater.datamodules.datamodule import ShardDataModule
+from headwater.evaluation.results import by_sample
 from headwater.pretrainer import Pretrainer
 from headwater.tools.run_folder import LAST, RunFolder, is_unused, new_folder, results_of, show, unfinished
 from headwater.training.metrics import MetricsFile
@@ -74,6 +76,10 @@ class HeadwaterCLI(LightningCLI):
         config = self.config[self.subcommand]
         config.trainer.strategy = self._strategy(config.trainer)
         config.weights_only = True
+        if self.subcommand != "fit" and not config.get("ckpt_path"):
+            raise ValueError(
+                f"`{self.subcommand}` needs a checkpoint; add --ckpt_path, for example runs/{recipe_name(self.given)}/000/{LAST}"
+            )
         if self.subcommand != "fit":
             config.trainer.logger = False
             return
@@ -142,7 +148,8 @@ class HeadwaterCLI(LightningCLI):
         target = Path(self.config[self.subcommand].out)
         target.mkdir(parents=True, exist_ok=True)
         for source, made in zip(self.datamodule.validation, batches):
-            columns = {name: torch.cat([batch[name] for batch in made]).contiguous() for name in made[0]}
+            every_row = {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
+            columns = dict(zip(["sample", *(n for n in every_row if n != "sample")], by_sample(*every_row.values()), strict=True))
             save_file(columns, str(target / f"{source.name}.safetensors"))
             print(f"{target / source.name}.safetensors: " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in columns.items()))
 
@@ -172,6 +179,7 @@ def run(given: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*Total length of.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     sys.argv[1:] = given
+    others = multiprocessing.active_children()
     try:
         HeadwaterCLI(given)
     except ArgumentError as error:
@@ -179,6 +187,9 @@ def run(given: list[str]) -> None:
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
     finally:
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                worker.kill()  # loader workers outlive SIGTERM, so after an error Python would wait for them for ever
         folder = "" if _later_rank() else os.environ.pop(FOLDER, "")
         if folder and is_unused(Path(folder)):
             shutil.rmtree(folder)  # it stopped before its first step; --resume should not find it
