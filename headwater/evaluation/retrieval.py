@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from headwater import random
 from headwater.evaluation.results import Result, by_sample, interval
+from headwater.model import Reader
 from headwater.tokens import Tokens
 
 
@@ -46,7 +47,7 @@ class Retrieval(pl.Callback):
             sample = batch["sample"][pooled.sample]
             row = (sample, F.normalize(pooled.x.float(), dim=-1), fingerprint(batch[name])[pooled.sample])
             self._kept.setdefault(dataloader_idx, {}).setdefault(name, []).append(row)
-            if self.show:
+            if self.show and type(model.encoder(name).reader).restore is not Reader.restore:
                 seen = self._signals.setdefault(dataloader_idx, {}).setdefault(name, {})
                 for number, place in zip(sample.tolist(), pooled.sample.tolist()):
                     seen[number] = model.encoder(name).reader.restore(batch[name].map(lambda f, i=place: f[i : i + 1]))

@@ -19,7 +19,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save_file
 
 from headwater import evaluation, fusion, modalities, objectives  # importing them lets recipes name their classes barely
@@ -184,6 +184,8 @@ def run(given: list[str]) -> None:
         HeadwaterCLI(given)
     except ArgumentError as error:
         raise ValueError(explain(str(error))) from error
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
     finally:

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from headwater import modalities, random
 from headwater.datamodules.collate import collate
+from headwater.model import Reader
 from headwater.spec import build
 from headwater.tokens import Tokens
 
@@ -52,6 +53,8 @@ def test_reader_survives_copy_and_pickle(name):
 @every
 def test_restore_is_the_inverse_of_reading(name):
     reader = make(name).reader
+    if type(reader).restore is Reader.restore:
+        pytest.skip("this reader has no way back")
     samples = reader.example(4, 0)
     ready = reader.prepare(collate([{"it": t} for t in samples], ["it"])["it"])
     for i, t in enumerate(samples):
