@@ -83,7 +83,7 @@ class Retrieval(pl.Callback):
     def _show(self, source: str, query: str, gallery: str, whole: dict, ranked: Tensor, signals: dict) -> None:
         """Keep a contact sheet of the first direction from captions to pictures."""
         asked, found = signals.get(query, {}), signals.get(gallery, {})
-        if self.sheet or not asked or not isinstance(next(iter(asked.values())), str):
+        if self.sheet or not asked or not found or not isinstance(next(iter(asked.values())), str):
             return
         if getattr(next(iter(found.values())), "dtype", None) != np.uint8:
             return
