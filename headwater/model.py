@@ -31,7 +31,8 @@ class Reader(Described):
 
     def member(self, names: Iterable[str]) -> str | None:
         """The member among `names` that this reader would read, or None."""
-        return next((e for e in self.extensions if e in set(names)), None)
+        held = names if isinstance(names, dict) else set(names)
+        return next((e for e in self.extensions if e in held), None)
 
     def decode(self, members: dict[str, bytes]) -> Signal:
         """Worker: bytes -> native array or str. Raises ValueError or the decoder's own error when it cannot."""
@@ -43,6 +44,14 @@ class Reader(Described):
         view: an int64 seed from which a random view is made; None = the plain signal.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no tokens")
+
+    def length(self, facts: dict[str, float]) -> int | None:
+        """How many tokens one sample will have, with or without a view; None = not known before it is decoded.
+
+        facts: of the member that is read. "size" in bytes is always there; others where the index has them: "width", "height",
+        "seconds", "frames", "fps", "steps", "words" and `tokens-<digest>`, the ids of a text by the tokenizer of that digest.
+        """
+        return None
 
     def prepare(self, t: Tokens) -> Tokens:
         """Device, once per batch: float and normalised."""

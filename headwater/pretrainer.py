@@ -95,6 +95,7 @@ class Pretrainer(pl.LightningModule):
         optimizer.step()
         self.objective.after_step(self.backbone, self.global_step)
         self.report(totals, numbers)
+        self.report_data(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: Lightning calls this after it has taken fp16's loss scale out of the gradients."""
@@ -126,6 +127,14 @@ class Pretrainer(pl.LightningModule):
             self.log(f"train/{name}", value / numbers[name].clamp(min=1), prog_bar=True)
             for key, metric in totals[name][-1].metrics.items():
                 self.log(f"train/{name}/{key}", metric)
+
+    def report_data(self, batch: Batch) -> None:
+        """Log the share of samples that each source gave, and of this rank's places that real tokens fill."""
+        for name, share in self.trainer.datamodule.shares().items():
+            self.log(f"data/share/{name}", share)
+        for name, t in batch.items():
+            if isinstance(t, Tokens) and t.valid is not None:
+                self.log(f"data/filled/{name}", t.valid.float().mean())
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Pooled vectors of every modality, {"sample": (S,), modality: (S, dim)}; zeros where a sample lacks it."""

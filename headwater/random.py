@@ -46,6 +46,14 @@ def seed_of(*numbers: int) -> int:
     return seed & (_WORD >> 1)
 
 
+def seeds_of(*numbers: Tensor | int) -> Tensor:
+    """The same for whole columns: int64 tensors and integers, broadcast."""
+    seed = torch.zeros((), dtype=torch.int64)
+    for number in numbers:
+        seed = fold(seed, number)
+    return seed & (_WORD >> 1)
+
+
 def _mix_int(x: int) -> int:
     x = (x ^ x >> 30) * _FIRST & _WORD
     x = (x ^ x >> 27) * _SECOND & _WORD

@@ -226,7 +226,7 @@ def test_broken_members_are_named_skipped_and_reported(here, capsys):
             writer.write(f"{i:03d}", {"png": content, "txt": b"  " if i == 5 else b"a red square"})
     tar = Path("bad/train-001.tar")
     whole = tar.read_bytes()
-    tar.write_bytes(whole[: load_index(tar).offset["png"][15] + 10])  # cut in the middle of a member
+    tar.write_bytes(whole[: load_index(tar).extent(15, ["png"]).offset + 10])  # cut in the middle of a member
     _, summary = fit(*SMALL, *TINY, "--data", "bad", "--trainer.max_steps", "12", "--data.fault_budget", "0.5")
     said = " ".join(summary["skipped"])
     assert "003.png" in said

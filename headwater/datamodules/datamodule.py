@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from collections import Counter
@@ -10,17 +11,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from headwater import distributed
-from headwater.datamodules.shards import OpenSource, ShardDataset, Source, expand
+from headwater.datamodules.files import expand, is_remote
+from headwater.datamodules.mixture import Ledger, Mode, shares
+from headwater.datamodules.plan import Arrange, Last, Plan, Unit
+from headwater.datamodules.shards import ShardDataset
+from headwater.datamodules.sources import Source, open_source
+from headwater.embedded import place
 from headwater.model import Reader
 from headwater.tokens import Tokens
 
 
 class ShardDataModule(pl.LightningDataModule):
-    """Reads WebDataset tars in an order that is a pure function of (seed, step).
+    """Reads WebDataset tars in an order that is a pure function of (seed, step) and of the ledger of weight changes.
 
     Args:
         train: name -> source.
@@ -28,10 +35,18 @@ class ShardDataModule(pl.LightningDataModule):
         path: one folder of shards instead of `train` and `held_out`: train-*.tar (or all tars) and validation-*.tar.
         batch_size: samples per step over all ranks.
         unit: "batch" = each step comes from one source, in turn by weight; "sample" = each step mixes all by weight.
+        mixing: what a weight means. "weights": fixed proportions; "epoch": every sample of every source once before any comes
+            again; "size": weight * size^alpha.
+        alpha: see mixing.
+        last: what happens to samples that do not fill an epoch's last batch: "wrap" fills it from the next epoch, "drop"
+            leaves them out of this epoch, "short" makes a smaller batch.
+        arrange: put samples of like length, or related ones, into the same batch; None = as they come.
+        pack: most tokens per row and modality, to pack several samples into a row; None = one sample per row.
         workers: loader processes per rank.
+        start: how they are started: "fork", "spawn" or "forkserver"; None = the platform's way.
         seed: of order, masks and views.
         window: shards that are shuffled together.
-        pack: most tokens per row and modality, to pack several samples into a row; None = one sample per row.
+        notice: steps before a change of weights begins; more than the workers read ahead.
         fault_budget: share of undecodable members at which the run stops.
     """
 
@@ -41,11 +56,17 @@ class ShardDataModule(pl.LightningDataModule):
         held_out: dict[str, Source] | None = None,
         path: str | None = None,
         batch_size: int = 64,
-        unit: Literal["batch", "sample"] = "batch",
+        unit: Unit = "batch",
+        mixing: Mode = "weights",
+        alpha: float = 0.5,
+        last: Last = "wrap",
+        arrange: Arrange | None = None,
+        pack: dict[str, int] | None = None,
         workers: int = 1,
+        start: Literal["fork", "spawn", "forkserver"] | None = None,
         seed: int = 0,
         window: int = 16,
-        pack: dict[str, int] | None = None,
+        notice: int = 64,
         fault_budget: float = 0.1,
     ) -> None:
         super().__init__()
@@ -53,29 +74,70 @@ class ShardDataModule(pl.LightningDataModule):
             train, held_out = folder(path, next(iter((train or {}).values()), Source("")))
         if not train:
             raise ValueError("no training data was named; give --data FOLDER of shards, or data.train in the recipe")
+        if workers >= notice:
+            raise ValueError(f"found workers={workers} and notice={notice}; workers read ahead: expected more notice than workers")
         self.train, self.held_out, self.batch_size, self.unit = train, held_out or {}, batch_size, unit
-        self.workers, self.seed, self.window, self.pack, self.fault_budget = workers, seed, window, pack, fault_budget
+        self.mixing, self.alpha, self.last, self.arrange, self.pack = mixing, alpha, last, arrange, pack
+        self.workers, self.start, self.seed, self.window = workers, start, seed, window
+        self.notice, self.fault_budget = notice, fault_budget
         self.faults: Counter[str] = Counter()
         self.members_read = 0
 
     def setup(self, stage: str) -> None:
         """Open every index and choose readers by the encoders of the model."""
-        self.sources = [OpenSource(n, s, self.readers, self.seed, self.window) for n, s in self.train.items()]
-        self.validation = [OpenSource(n, s, self.readers, self.seed, 0) for n, s in self.held_out.items()]
+        opened = [open_source(n, s, self.readers, self.seed, self.window, k) for k, (n, s) in enumerate(self.train.items())]
+        self.sources = opened
+        self.validation = [open_source(n, s, self.readers, self.seed, 0) for n, s in self.held_out.items()]
         for source in [*self.sources, *self.validation]:
             self.faults |= Counter(source.faults)  # once, however often the sources are opened
-        for source in self.sources:
-            size = source.source.batch_size or self.batch_size
-            if source.order.total < size:
-                found = f"source {source.name} holds {source.order.total} samples"
-                rank_zero_warn(f"{found}, fewer than a batch of {size}: a batch repeats some")
+            for lost in source.lost:
+                rank_zero_warn(f"source {source.name} has no index: {lost}. Run `headwater index` on it, or give it a cache")
+        if endless := [source.name for source in self.validation if source.lost]:
+            raise ValueError(f"held-out sources are read once, and {endless} are streams without an index; give them a cache")
+        weights = shares(self.mixing, [s.source.weight for s in opened], [s.total for s in opened], self.alpha)
+        self.ledger = Ledger(weights)
+        self.plan = Plan(opened, self.ledger, self.batch_size, self.unit, self.last, self.seed, self.arrange, self.pack)
+        for number, source in enumerate(self.sources):
+            if source.total < self.plan.size(number):
+                found = f"source {source.name} holds {source.total} samples"
+                rank_zero_warn(f"{found}, fewer than a batch of {self.plan.size(number)}: a batch repeats some")
+
+    def reweigh(self, weights: dict[str, float]) -> int:
+        """Change the weights of the mixture during the run; returns the step from which on they hold.
+
+        Called on every rank; the weights of the first rank count. The change is kept in the checkpoint, so order remains a
+        function of (seed, step, ledger).
+        """
+        if set(weights) != set(self.train):
+            raise ValueError(f"found weights of {sorted(weights)}; expected one for each source: {sorted(self.train)}")
+        given = torch.tensor(
+            [weights[name] for name in self.train], dtype=torch.float64, device=self.trainer.lightning_module.device
+        )
+        step = self.trainer.global_step + self.notice
+        if self.unit == "sample" and self.arrange:  # a window that is being read keeps its samples
+            step = -(-step // self.arrange.steps) * self.arrange.steps
+        self.ledger.add(step, distributed.gather(given[None])[0][0].tolist())
+        return step
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """All that the order depends on, beside the step and the ledger."""
+        own = {k: getattr(self, k) for k in ("seed", "batch_size", "unit", "last", "window")}
+        arranged = vars(self.arrange) if self.arrange else None
+        return {**own, "arrange": arranged, "pack": self.pack, "sources": {s.name: s.total for s in self.sources}}
 
     def state_dict(self) -> dict[str, Any]:
-        """What went wrong so far; where the order stands follows from the step."""
-        return {"faults": dict(self.faults), "members_read": self.members_read}
+        """What went wrong so far, and the ledger; where the order stands follows from the step."""
+        ledger = [[step, list(weights)] for step, weights in self.ledger.entries]
+        return {"faults": dict(self.faults), "members_read": self.members_read, "ledger": ledger, "setting": self.setting}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.faults, self.members_read = Counter(state_dict["faults"]), state_dict["members_read"]
+        before, now = state_dict["setting"], self.setting
+        if changed := [f"{k} (was {before.get(k)}, is {now[k]})" for k in now if before.get(k) != now[k]]:
+            rank_zero_warn(f"the order of samples does not continue that of the checkpoint, because of: {'; '.join(changed)}")
+        if list(before["sources"]) == list(now["sources"]):
+            self.ledger.restore([(int(step), weights) for step, weights in state_dict["ledger"]])
 
     @property
     def readers(self) -> dict[str, Reader]:
@@ -88,8 +150,12 @@ class ShardDataModule(pl.LightningDataModule):
         """Training source -> the modalities that it gives."""
         return {s.name: tuple(s.readers) for s in self.sources}
 
+    def shares(self) -> dict[str, float]:
+        """Source -> its share of the samples that have been drawn; empty where there is only one."""
+        return self.plan.shares(self.trainer.global_step) if len(self.sources) > 1 else {}
+
     def train_dataloader(self) -> DataLoader:
-        data = self._dataset(self.sources, self.trainer.global_step, None)
+        data = ShardDataset(self.plan, distributed.rank(), distributed.world(), self.trainer.global_step)
         return self._loader(data)
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -98,18 +164,19 @@ class ShardDataModule(pl.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def _evaluation(self, source: OpenSource) -> ShardDataset:
+    def _evaluation(self, source: Any) -> ShardDataset:
         """Once through a source; the last batch wraps round to fill up, and whoever counts, counts each sample id once."""
-        size = source.source.batch_size or self.batch_size
-        return self._dataset([source], 0, -(-source.order.total // size))
-
-    def _dataset(self, sources: list[OpenSource], first: int, steps: int | None) -> ShardDataset:
-        rank, world = distributed.rank(), distributed.world()
-        return ShardDataset(sources, self.unit, self.batch_size, self.seed, rank, world, first, steps, self.pack)
+        plan = Plan([source], Ledger([1.0]), self.batch_size, "batch", "wrap", self.seed, None, self.pack)
+        return ShardDataset(plan, distributed.rank(), distributed.world(), 0, plan.steps(0))
 
     def _loader(self, data: ShardDataset) -> DataLoader:
         workers = min(self.workers, data.steps or self.workers)
-        return DataLoader(data, None, num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
+        if not workers:
+            return DataLoader(data, None)
+        ahead = max(1, min(4, self.notice // workers - 1))  # a change of weights must not find its steps read already
+        atexit.register(data.closing.fill_, 1)
+        how = {"multiprocessing_context": self.start, "worker_init_fn": outlive_signals}
+        return DataLoader(data, None, num_workers=workers, prefetch_factor=ahead, **how)  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Take the list of faults out of the batch and stop when there are too many."""
@@ -134,15 +201,20 @@ class ShardDataModule(pl.LightningDataModule):
 
 
 def outlive_signals(worker: int) -> None:
-    """A scheduler signals every process of a job; the main one finishes its step and then ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A scheduler signals every process of a job: the main one finishes its step and then ends its workers.
+
+    Only once the main process exits does SIGTERM, with which Python ends children that are left over, take effect.
+    """
+    info: Any = get_worker_info()
+    closing = info.dataset.closing
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def folder(path: str, like: Source) -> tuple[dict[str, Source], dict[str, Source]]:
     """Training and held-out sources of one folder, glob or tar; views and the like as in the source `like`."""
     name = Path(path.rstrip("/")).name or "data"
-    if not os.path.isdir(os.path.expanduser(path)):
+    if is_remote(path) or not os.path.isdir(place(path)):
         return {name: replace(like, shards=path)}, {}
     shards = [Path(p).name for p in expand(path)]
     train = any(p.startswith("train-") for p in shards)

@@ -1,49 +1,144 @@
 """Where every sample of a tar shard lies: `name.tar.idx` beside `name.tar`.
 
-A shard is a plain WebDataset tar: members of one sample stand together and share the name up to the first dot
-("000017.png", "000017.txt"). The index is an Arrow file with one row per sample: its key and, per extension, the
-byte offset and size of that member (size -1: absent). About 12 bytes per member plus the key; opened by memory map.
+A shard is a plain WebDataset tar: members of one sample share the name up to the first dot ("000017.png", "000017.txt").
+The index is an Arrow file with one row per sample: its key, its members (kind, place, size, hash) and facts about their
+length. A sample costs its key, 8 bytes, and 18 bytes per member; the file is mapped, not read, so opening it takes no
+longer for a million samples than for ten.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tarfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-VERSION = 1
-BLOCK = 512
+from headwater.datamodules.files import File, filesystem, insist, is_remote
+from headwater.datamodules.tar import BLOCK, Damage, Member, members, parse, shown
+
+VERSION = 2
+FAULTS = 1000  # that are kept by name; a hostile tar could hold millions
+KINDS = (1 << 16) - 1  # extensions of a shard; their numbers have 16 bits
+MEMBER = np.dtype([("kind", "<u2"), ("block", "<u4"), ("size", "<u4"), ("hash", "<u8")])  # hash 0 = not taken
+MEMBERS = pa.list_(pa.struct([(name, pa.from_numpy_dtype(MEMBER[name])) for name in MEMBER.names or ()]))
+HINT = "hint."
+CHUNK = 1 << 18  # members that are checked at once
+
+
+class Card(NamedTuple):
+    """What a run must know of every shard from the start. header: facts of the source; hints: their names."""
+
+    path: str
+    samples: int
+    extensions: tuple[str, ...]
+    faults: tuple[str, ...]
+    header: dict[str, Any]
+    hints: tuple[str, ...]
+
+
+Contents = dict[str, bytes]  # extension -> content, of one sample
 
 
 class ShardIndex(NamedTuple):
-    """The samples of one tar.
+    """The samples of one tar, S of them with M members in all.
 
-    keys: (S,) sample names. offset, size: extension -> (S,) int64 bytes; size -1 where a sample lacks the member.
-    faults: what could not be indexed, as sentences that name the member.
+    keys: (S,) sample names. first: (S + 1,) where the members of each sample begin. kind: (M,) number of the extension.
+    block: (M,) where the content begins, in blocks of 512 bytes. bytes: (M,) its size. hash: (M,) the first 8 bytes of
+    BLAKE2b of the content, 0 = not taken. hints: name -> (S,) float32, NaN = unknown, such as "wav.seconds".
     """
 
-    path: str
+    card: Card
     keys: pa.Array
-    offset: dict[str, np.ndarray]
-    size: dict[str, np.ndarray]
-    faults: tuple[str, ...] = ()
+    first: np.ndarray
+    kind: np.ndarray
+    block: np.ndarray
+    bytes: np.ndarray
+    hash: np.ndarray
+    hints: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
-    def extensions(self) -> tuple[str, ...]:
-        return tuple(self.size)
+    def path(self) -> str:
+        """The tar."""
+        return self.card.path
 
-    def read(self, descriptor: int, row: int) -> dict[str, bytes]:
-        """The members of sample `row`, extension -> bytes, read from an open file descriptor of the tar."""
-        found = ((e, int(self.offset[e][row]), int(self.size[e][row])) for e in self.size)
-        return {e: os.pread(descriptor, size, offset) for e, offset, size in found if size >= 0}
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Of all members, sorted."""
+        return self.card.extensions
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What could not be indexed, as sentences that name the member."""
+        return self.card.faults
+
+    def key(self, row: int) -> str:
+        """Name of a sample."""
+        return self.keys[row].as_py()
+
+    def extent(self, row: int, wanted: Collection[str] | None = None) -> Extent:
+        """Where the members of a sample lie, or those with a wanted extension."""
+        names = self.card.extensions
+        first, last = self.first[row], self.first[row + 1]
+        kinds, blocks, sizes = self.kind[first:last].tolist(), self.block[first:last].tolist(), self.bytes[first:last].tolist()
+        parts = [(names[k], b * BLOCK, n) for k, b, n in zip(kinds, blocks, sizes) if wanted is None or names[k] in wanted]
+        start = min((at for _, at, _ in parts), default=0)
+        return Extent(start, max((at + size for _, at, size in parts), default=0) - start, parts)
+
+    def read(self, file: File, row: int, wanted: Collection[str] | None = None) -> Contents:
+        """The members of a sample, or those with a wanted extension: extension -> bytes. OSError when the file is shorter."""
+        extent = self.extent(row, wanted)
+        if extent.scattered:
+            return extent.whole({e: file.read(at, size) for e, at, size in extent.members})
+        return extent.cut(file.read(extent.offset, extent.size))
+
+    def sizes(self, extension: str) -> np.ndarray:
+        """(S,) int64 bytes of the member of that extension, -1 where a sample lacks it."""
+        out = np.full(len(self), -1, np.int64)
+        if extension in self.extensions:
+            mine = np.flatnonzero(self.kind == self.extensions.index(extension))
+            out[np.searchsorted(self.first, mine, side="right") - 1] = self.bytes[mine]
+        return out
+
+
+class Extent(NamedTuple):
+    """The bytes of one sample. members: (extension, offset, size)."""
+
+    offset: int
+    size: int
+    members: list[tuple[str, int, int]]
+
+    @property
+    def scattered(self) -> bool:
+        """True when members of other samples lie between, so that one read would take in much that is not wanted."""
+        return self.size > 2 * sum(size for _, _, size in self.members) + 64 * BLOCK
+
+    def cut(self, content: bytes) -> dict[str, bytes]:
+        """The members from the bytes of the whole extent."""
+        return self.whole({e: content[at - self.offset : at - self.offset + size] for e, at, size in self.members})
+
+    def whole(self, content: dict[str, bytes]) -> dict[str, bytes]:
+        """`content` if nothing of it is missing, else OSError."""
+        for extension, _, size in self.members:
+            if len(content[extension]) < size:
+                found = f"{extension} holds {len(content[extension])} of {size} bytes"
+                raise OSError(f"{found}; the tar has changed since it was indexed: run `headwater index` on it")
+        return content
+
+
+class Row(NamedTuple):
+    """One sample on its way into an index. members: (extension, offset in bytes, size, hash)."""
+
+    key: str
+    members: list[tuple[str, int, int, int]]
+    hints: dict[str, float] | None = None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -58,80 +153,176 @@ def index_path(tar: str | Path) -> Path:
     return Path(f"{tar}.idx")
 
 
-def scan(tar: str | Path) -> ShardIndex:
-    """Index a tar by walking its headers. A damaged tail costs the samples in it and is named in `faults`."""
-    rows: dict[str, dict[str, tuple[int, int]]] = {}
-    faults = []
-    total = os.path.getsize(tar)
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                key, extension = split_name(member.name)
-                if member.offset_data + member.size > total:
-                    faults.append(f"{tar}: {member.name} is cut off ({total} of {member.offset_data + member.size} bytes)")
-                elif extension in rows.setdefault(key, {}):
-                    faults.append(f"{tar}: {member.name} appears twice; the first one is kept")
-                else:
-                    rows[key][extension] = (member.offset_data, member.size)
-            archive.fileobj.seek(archive.offset)  # tarfile takes every bad header but the first for the end
-            if archive.offset <= total and archive.fileobj.read(BLOCK) != bytes(BLOCK):
-                faults.append(f"{tar}: damaged or cut at byte {archive.offset}; {len(rows)} samples before that are kept")
-    except tarfile.ReadError as error:
-        faults.append(f"{tar}: {error}; {len(rows)} samples before that are kept")
-    cut = {split_name(f.split(": ", 1)[1].split(" is cut off")[0])[0] for f in faults if " is cut off" in f}
-    return assemble(str(tar), {k: v for k, v in rows.items() if v and k not in cut}, tuple(faults))
+def content_hash(content: bytes) -> int:
+    """64 bits of BLAKE2b; 0 is kept for "not taken"."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1
 
 
-def assemble(path: str, rows: dict[str, dict[str, tuple[int, int]]], faults: tuple[str, ...] = ()) -> ShardIndex:
-    """Columns from rows: key -> extension -> (offset, size)."""
-    extensions = sorted({e for members in rows.values() for e in members})
-    place = {e: np.array([m.get(e, (0, -1)) for m in rows.values()], np.int64).reshape(-1, 2) for e in extensions}
-    return ShardIndex(
-        path, pa.array(rows, pa.string()), {e: p[:, 0] for e, p in place.items()}, {e: p[:, 1] for e, p in place.items()}, faults
-    )
+def scan(tar: str | Path, hashed: bool = False) -> ShardIndex:
+    """Index a tar by walking its headers. What is damaged costs the samples that it touches and is named in `faults`.
+
+    hashed: read the contents too, and keep their hashes.
+    """
+    rows: dict[str, dict[str, tuple[str, int, int, int]]] = {}
+    faults: list[str] = []
+    spoiled: set[str] = set()
+    kinds: set[str] = set()
+    header: dict[str, Any] = {}
+    begun = many = 0  # byte where the tar begins that is walked now, for several may be joined; number of faults
+    with File(str(tar)) as file:
+        for one in members(file.read, file.size, header):
+            key, extension = split_name(one.name)
+            found = rows.get(key, {})
+            if isinstance(one, Damage):
+                fault, begun = one.why, one.begins or begun
+                if one.cut and extension not in found:
+                    spoiled.add(key)
+            elif key.rpartition("/")[2].startswith("__"):
+                continue  # names such as __index__ speak to WebDataset, not of a sample
+            elif not (fault := _misplaced(one, key, extension, found, begun, kinds)):
+                taken = content_hash(file.read(one.offset, one.size)) if hashed else 0
+                found[extension] = (extension, one.offset, one.size, taken)
+                rows[key] = found
+                kinds.add(extension)
+                continue
+            many += 1
+            if many <= FAULTS:
+                faults.append(f"{tar}: {fault}")
+    if many > FAULTS:
+        faults.append(f"{tar}: and {many - FAULTS} more faults")
+    whole = (Row(key, list(found.values())) for key, found in rows.items() if key not in spoiled)
+    return assemble(str(tar), whole, tuple(faults), header)
+
+
+def _misplaced(one: Member, key: str, extension: str, found: dict[str, Any], begun: int, kinds: set[str]) -> str:
+    """Why a whole member cannot be indexed, or "". found: what there is of its sample; kinds: all extensions so far."""
+    why = ""
+    if not extension or not key or key[-1] == "/":
+        why = "has no key and extension; it is left out"
+    elif extension in found:
+        why = "appears twice; the first one is kept"
+    elif found and next(iter(found.values()))[1] < begun:
+        why = "has the name of a sample of the tar before, to which it was joined; it is left out"
+    elif len(kinds) >= KINDS and extension not in kinds:
+        why = f"has the extension number {KINDS + 1}; expected a few. Keys must not hold dots"
+    elif one.offset // BLOCK >= 1 << 32:
+        why = "lies beyond 2 TiB; cut the shard with `headwater reshard`"
+    return f"{shown(one.name)} {why}" if why else ""
+
+
+def assemble(path: str, rows: Iterable[Row], faults: tuple[str, ...] = (), header: dict[str, Any] | None = None) -> ShardIndex:
+    """Columns from rows."""
+    rows = list(rows)
+    extensions = tuple(sorted({e for row in rows for e, *_ in row.members}))
+    if len(extensions) > KINDS:
+        raise ValueError(f"{path} holds {len(extensions)} extensions; expected a few. Keys must not hold dots")
+    code = {e: number for number, e in enumerate(extensions)}
+    table = np.array([(code[e], at // BLOCK, size, taken) for row in rows for e, at, size, taken in row.members], MEMBER)
+    first = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row.members) for row in rows], out=first[1:])
+    names = sorted({name for row in rows for name in row.hints or ()})
+    hints = {n: np.array([(row.hints or {}).get(n, np.nan) for row in rows], np.float32) for n in names}
+    card = Card(path, len(rows), extensions, faults, header or {}, tuple(names))
+    keys = pa.array([row.key for row in rows], pa.string())
+    kind, block, size, taken = (np.ascontiguousarray(table[field]) for field in MEMBER.names or ())
+    return ShardIndex(card, keys, first, kind, block, size, taken, hints)
 
 
 def save_index(index: ShardIndex) -> Path:
     """Write `name.tar.idx`, whole or not at all."""
-    columns = {"key": index.keys}
-    for e in index.extensions:
-        columns[f"offset.{e}"], columns[f"size.{e}"] = index.offset[e], index.size[e]
-    note = {"version": VERSION, "bytes": os.path.getsize(index.path), "faults": index.faults}
+    fields = [pa.array(column) for column in (index.kind, index.block, index.bytes, index.hash)]
+    listed = pa.ListArray.from_arrays(pa.array(index.first), pa.StructArray.from_arrays(fields, names=list(MEMBER.names or ())))
+    columns = {"key": index.keys, "members": listed, **{HINT + name: pa.array(value) for name, value in index.hints.items()}}
+    note = {"version": VERSION, "bytes": os.path.getsize(index.path), **index.card._asdict()}
+    del note["path"]
     table = pa.table(columns).replace_schema_metadata({"headwater": json.dumps(note)})
     target = index_path(index.path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(partial, target)
+    try:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_batch(table.to_batches()[0] if len(table) else pa.RecordBatch.from_pylist([], table.schema))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     return target
 
 
 def load_index(tar: str | Path) -> ShardIndex:
-    """The index beside `tar`; scanned anew when it is missing, damaged or was written for a tar of another size."""
-    if not os.path.exists(tar):
-        raise FileNotFoundError(f"shard {tar} does not exist; check the path or glob, or write it with `headwater shard`")
-    beside = index_path(tar)
-    found = _read(tar, beside)
-    if found is not None:
-        return found
+    """The index beside `tar`; scanned anew when it is missing, damaged or was written for another tar."""
+    found = _saved(str(tar))
+    saved = _columns(*found) if found else None
+    if saved is not None:
+        return saved
+    if is_remote(str(tar)):
+        raise FileNotFoundError(f"{tar} has no sound index beside it; `headwater index {tar}` makes it, or give the source a cache")
     index = scan(tar)
-    if os.access(beside.parent, os.W_OK):
+    if os.access(index_path(tar).parent, os.W_OK):
         save_index(index)
     return index
 
 
-def _read(tar: str | Path, beside: Path) -> ShardIndex | None:
-    """The saved index, or None when there is none, it is damaged, or it was written for a tar of another size."""
+def load_card(tar: str | Path) -> Card:
+    """The facts of a shard without its columns, so that ten thousand shards can be known at once."""
+    found = _saved(str(tar))
+    return load_index(tar).card if found is None else found[1]
+
+
+def _saved(tar: str) -> tuple[pa.RecordBatch, Card, int] | None:
+    """The saved index and the bytes of its tar, or None when there is none, it is damaged, or was written for another tar."""
+    if not is_remote(tar) and not os.path.exists(tar):
+        raise FileNotFoundError(f"shard {tar} does not exist; check the path or glob, or write it with `headwater shard`")
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(beside))).read_all()
-        note = json.loads(table.schema.metadata[b"headwater"])
-    except (FileNotFoundError, pa.ArrowInvalid, TypeError, KeyError, ValueError):
+        if is_remote(tar):
+            store, name = filesystem(f"{tar}.idx")
+            source = pa.BufferReader(insist(lambda: store.cat_file(name)))
+        else:
+            source = pa.memory_map(f"{tar}.idx")
+    except (FileNotFoundError, pa.ArrowInvalid):  # the latter is what an empty file gives
         return None
-    if note["version"] != VERSION or note["bytes"] != os.path.getsize(tar):
+    try:
+        reader = pa.ipc.open_file(source)
+        note = json.loads(reader.schema.metadata[b"headwater"])
+        batch = reader.get_batch(0)  # one batch, mapped; joining chunks would copy
+        lists = [note[k] for k in ("extensions", "faults", "hints")]
+        plain = isinstance(note["header"], dict) and all(isinstance(one, list) for one in lists)
+        if not plain or not all(isinstance(text, str) for one in lists for text in one):
+            return None
+        if note["version"] != VERSION or note["samples"] != len(batch) or not isinstance(note["bytes"], int):
+            return None
+    except Exception:  # Arrow raises many kinds of errors on damaged bytes; in all of them the index is made anew
         return None
-    column = {n: table[n].to_numpy() for n in table.column_names if n != "key"}
-    extensions = [n.removeprefix("size.") for n in column if n.startswith("size.")]
-    offset, size = ({e: column[f"{kind}.{e}"] for e in extensions} for kind in ("offset", "size"))
-    return ShardIndex(str(tar), table["key"].combine_chunks(), offset, size, tuple(note["faults"]))
+    if not is_remote(tar) and note["bytes"] != os.path.getsize(tar):
+        return None
+    extensions, faults, hints = map(tuple, lists)
+    return batch, Card(tar, len(batch), extensions, faults, note["header"], hints), note["bytes"]
+
+
+def _columns(batch: pa.RecordBatch, card: Card, total: int) -> ShardIndex | None:
+    """The columns of a saved index, mapped, or None when they contradict one another or lead out of the tar of `total` bytes.
+
+    Arrow trusts the numbers in a file, and a wrong one would read foreign memory. This takes 15 ms for a million samples.
+    """
+    types = [pa.string(), MEMBERS, *[pa.float32() for _ in card.hints]]
+    if batch.schema.names != ["key", "members", *(HINT + name for name in card.hints)] or batch.schema.types != types:
+        return None
+    try:
+        batch.validate(full=True)
+        keys, listed, *hints = batch.columns
+        first = listed.offsets.to_numpy()
+        kind, block, size, taken = (field.to_numpy() for field in listed.values.flatten())
+        index = ShardIndex(card, keys, first, kind, block, size, taken, dict(zip(card.hints, (h.to_numpy() for h in hints))))
+    except pa.ArrowInvalid:  # numbers out of bounds, texts that are not UTF-8, or missing values
+        return None
+    parts = range(0, len(kind), CHUNK)  # not all at once, which would cost more memory than the index itself
+    end = max((int((block[k : k + CHUNK].astype(np.int64) * BLOCK + size[k : k + CHUNK]).max()) for k in parts), default=0)
+    inside = end <= total and first[0] == 0 and first[-1] == len(kind) and not keys.null_count and not listed.null_count
+    return index if inside and (not len(kind) or (kind.max() < len(card.extensions) and block.min() > 0)) else None
+
+
+def fits(index: ShardIndex, file: File) -> bool:
+    """Whether the tar still has its last member where the index says: a tar of the same size may have taken its place."""
+    if not len(index.block):
+        return True
+    at = int(index.block[-1]) * BLOCK - BLOCK
+    header = parse(file.read(at, BLOCK))
+    return header is not None and header.size == int(index.bytes[-1])

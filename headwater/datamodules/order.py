@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from headwater.random import seed_of
+
+
+class Places(NamedTuple):
+    """Where samples lie: epoch, shard and row, each (K,) int64."""
+
+    epoch: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
 
 
 class Order:
@@ -28,18 +37,38 @@ class Order:
 
     def __init__(self, sizes: Sequence[int], seed: int, window: int = 16) -> None:
         self.sizes, self.seed, self.window = np.asarray(sizes, np.int64), seed, window
-        self.total = int(self.sizes.sum())
+        self.before = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.total = int(self.before[-1])
         if not self.total:
             raise ValueError("the source holds no sample; check the shards with `headwater inspect`")
 
+    def places(self, index: np.ndarray) -> Places:
+        """Global indices (K,), any size -> where those samples lie."""
+        epoch, place = np.divmod(np.asarray(index, np.int64), self.total)
+        shard, row = np.empty_like(place), np.empty_like(place)
+        for e in np.unique(epoch):
+            ends, windows = self._epoch(int(e))
+            mine = np.flatnonzero(epoch == e)
+            number = np.searchsorted(ends, place[mine], side="right")
+            for w in np.unique(number):
+                rows = mine[number == w]
+                inside = place[rows] - (ends[w - 1] if w else 0)
+                shards, samples = self._rows(int(e), windows[w])
+                shard[rows], row[rows] = shards[inside], samples[inside]
+        return Places(epoch, shard, row)
+
     def __getitem__(self, index: int) -> tuple[int, int, int]:
-        """Global index, any size -> (epoch, shard, row)."""
+        """Global index -> (epoch, shard, row)."""
+        epoch, shard, row = self.places(np.array([index]))
+        return int(epoch[0]), int(shard[0]), int(row[0])
+
+    def upcoming(self, index: int) -> list[int]:
+        """The shards of the window of a global index and of the one after it, in the order of need."""
         epoch, place = divmod(index, self.total)
         ends, windows = self._epoch(epoch)
         number = int(np.searchsorted(ends, place, side="right"))
-        shards, rows = self._rows(epoch, windows[number])
-        inside = place - (int(ends[number - 1]) if number else 0)
-        return epoch, int(shards[inside]), int(rows[inside])
+        after = windows[number + 1] if number + 1 < len(windows) else self._epoch(epoch + 1)[1][0]
+        return list(dict.fromkeys([*windows[number], *after]))
 
     @lru_cache(maxsize=2)  # noqa: B019  an order lives as long as its run
     def _epoch(self, epoch: int) -> tuple[np.ndarray, list[tuple[int, ...]]]:
@@ -62,22 +91,20 @@ class Order:
         return shards[shuffled], rows[shuffled]
 
 
-def turn(index: int, weights: Sequence[float]) -> tuple[int, int]:
-    """Whose turn it is: number `index` of an endless mixture -> (source, how many turns that source had before).
+class Quality(NamedTuple):
+    """How well an order mixes. displacement: how far a sample moves from its place in the files, as a share of the epoch (a
+    full shuffle: 1/3). shards: different shards in a batch, as a share of what a full shuffle gives."""
 
-    Source k's turn j falls at the time (j + 1/2) / weight_k and turns are taken in order of time, so every stretch of the
-    mixture holds the sources in their shares, to within one turn each.
-    """
-    share = np.asarray(weights, np.float64) / np.sum(weights)
-    low, high = 0.0, float(index + len(share) + 1)
-    while True:  # find a time by which exactly `index` turns have passed, or where several sources are due at once
-        time = (low + high) / 2
-        taken = np.floor(time * share + 0.5).astype(np.int64)
-        if taken.sum() == index or high - low < 1e-9 * (1 + high):
-            break
-        low, high = (time, high) if taken.sum() < index else (low, time)
-    taken = np.floor(low * share + 0.5).astype(np.int64) if taken.sum() > index else taken
-    for _ in range(index - int(taken.sum()) + 1):
-        source = int(np.argmin(np.where(share > 0, (taken + 0.5) / np.where(share > 0, share, 1), np.inf)))
-        taken[source] += 1
-    return source, int(taken[source]) - 1
+    displacement: float
+    shards: float
+
+
+def quality(order: Order, batch: int, most: int = 100_000) -> Quality:
+    """Measure the first `most` samples of epoch 0. batch: samples per step."""
+    index = np.arange(min(order.total, most) // batch * batch or min(order.total, batch))
+    _, shard, row = order.places(index)
+    moved = np.abs(order.before[shard] + row - index).mean() / order.total
+    met = np.mean([len(np.unique(part)) for part in np.array_split(shard, max(1, len(index) // batch))])
+    size = min(batch, order.total)
+    expected = (1 - (1 - order.sizes / order.total) ** size).sum()
+    return Quality(float(moved), float(min(1.0, met / expected)))

@@ -39,7 +39,8 @@ def interval(scores: np.ndarray, group: Sequence[int] | np.ndarray | None = None
 
 def by_sample(sample: Tensor, *values: Tensor) -> list[Tensor]:
     """Rows of all ranks sorted by sample id, each id once. sample: (S,); values: (S, ...). Returns [sample, *values]."""
-    every = [distributed.gather(v)[0] for v in (sample, *values)]
+    real = sample >= 0  # a rank without samples holds a row that stands in
+    every = [distributed.gather(v[real])[0] for v in (sample, *values)]
     ids, inverse = every[0].unique(return_inverse=True)
     first = torch.full((len(ids),), len(inverse), device=ids.device).scatter_reduce(
         0, inverse, torch.arange(len(inverse), device=ids.device), "amin"

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from headwater.datamodules.files import expand
 from headwater.datamodules.index import ShardIndex, load_index
 from headwater.tools.decode import ShardSet, faults, pick, rows, title
 from headwater.tools.page import page
@@ -21,8 +22,6 @@ def inspect(shards: str, html: str | None = None, samples: int = 24) -> None:
         html: file for the contact sheet, one page without outside parts.
         samples: samples to decode per shard set, spread evenly over it.
     """
-    from headwater.datamodules.shards import expand  # imports torch, which headwater.tools.shard does without
-
     try:
         paths = expand(shards)
     except FileNotFoundError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -179,7 +178,6 @@ def run(given: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*Total length of.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     sys.argv[1:] = given
-    others = multiprocessing.active_children()
     try:
         HeadwaterCLI(given)
     except ArgumentError as error:
@@ -189,9 +187,6 @@ def run(given: list[str]) -> None:
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
     finally:
-        for worker in multiprocessing.active_children():
-            if worker not in others:
-                worker.kill()  # loader workers outlive SIGTERM, so after an error Python would wait for them for ever
         folder = "" if _later_rank() else os.environ.pop(FOLDER, "")
         if folder and is_unused(Path(folder)):
             shutil.rmtree(folder)  # it stopped before its first step; --resume should not find it

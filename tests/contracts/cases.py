@@ -6,10 +6,12 @@ An export whose arguments all have defaults is swept by itself; one that needs a
 import inspect
 from functools import partial
 
+import numpy as np
 import torch
 
 from headwater import fusion, modalities, objectives, random
 from headwater.datamodules.collate import collate
+from headwater.datamodules.plan import pack
 from headwater.model import Model
 from headwater.objectives import Causal, Contrastive, Flow, Masked, Weighted
 from headwater.tokens import Tokens
@@ -99,7 +101,11 @@ def batch(readers, samples, numbers=None, packed=False, salt=0):
     limits = {name: 2 * max(len(s[name].position) for s in samples if name in s) for name in readers}
     made = {}
     present = [name for name in readers if any(name in s for s in chosen)]
-    made.update(collate(chosen, present, limits if packed else None))
+    need = np.array([[len(s[name].position) if name in s else 0 for name in readers] for s in chosen])
+    rows = [
+        [k for document in row for k in document] for row in pack([[k] for k in range(len(chosen))], need, list(limits.values()))
+    ]
+    made.update(collate(chosen, present, rows if packed else None))
     for name in set(readers) - set(present):  # as ShardDataset does for a rank that has none
         nothing = collate([{name: readers[name].example(1, 0)[0]}] * len(chosen), [name])[name]
         made[name] = nothing._replace(valid=torch.zeros_like(nothing.valid))

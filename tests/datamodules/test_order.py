@@ -1,9 +1,7 @@
-from itertools import product
-
 import numpy as np
 import pytest
 
-from headwater.datamodules.order import Order, turn
+from headwater.datamodules.order import Order, quality
 
 SIZES = [5, 1, 0, 7, 3, 4]
 TOTAL = sum(SIZES)
@@ -51,21 +49,23 @@ def test_an_empty_source_is_refused():
         Order([0, 0], 0)
 
 
-@pytest.mark.parametrize("weights", [[1], [1, 1], [3, 1, 2], [0.7, 0.2, 0.1], [1, 0, 1], [1e-3, 1], [1 / 3] * 3, [8, 4, 2, 1, 1]])
-def test_every_prefix_of_a_mixture_holds_the_shares_within_one(weights):
-    share, taken = np.array(weights) / sum(weights), np.zeros(len(weights), int)
-    for index in range(400):
-        source, before = turn(index, weights)
-        assert before == taken[source]  # each source counts its own turns without a gap
-        taken[source] += 1
-        assert (np.abs(taken - (index + 1) * share) <= 1).all()
+def test_places_of_many_are_those_of_each():
+    order = Order(SIZES, 3, 2)
+    index = np.array([0, 3 * TOTAL + 7, 5, TOTAL - 1, TOTAL, 10**9])
+    assert list(zip(*(column.tolist() for column in order.places(index)))) == [order[int(i)] for i in index]
 
 
-@pytest.mark.parametrize(("weights", "index"), product([[3, 1, 2], [0.7, 0.2, 0.1]], [10**6, 10**9 + 7]))
-def test_far_turns_continue_the_count(weights, index):
-    counts = {}
-    for i in range(index, index + 60):
-        source, before = turn(i, weights)
-        assert before == counts.get(source, before)
-        counts[source] = before + 1
-    assert sum(counts.values()) == index + 60
+def test_upcoming_names_the_shards_that_are_needed_next():
+    order = Order(SIZES, 3, 2)
+    for index in range(2 * TOTAL):
+        ahead = order.upcoming(index)
+        assert {order[i][1] for i in range(index, index + 2)} - {2} <= set(ahead)
+        assert ahead[0] in ahead[:2]
+
+
+def test_quality_tells_a_shuffle_from_files_in_order():
+    sizes = [100] * 50
+    assert quality(Order(sizes, 0, 0), 64).displacement == 0
+    mixed, whole = quality(Order(sizes, 0, 4), 64), quality(Order(sizes, 0, 50), 64)
+    assert quality(Order(sizes, 0, 0), 64).shards < 0.1 < mixed.shards < 0.2 < 0.9 < whole.shards
+    assert abs(whole.displacement - 1 / 3) < 0.05

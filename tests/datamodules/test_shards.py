@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from headwater.datamodules.shards import OpenSource, ShardDataset, Source, expand
+from headwater.datamodules.files import expand
+from headwater.datamodules.mixture import Ledger
+from headwater.datamodules.plan import Plan
+from headwater.datamodules.shards import ShardDataset
+from headwater.datamodules.sources import OpenSource, Source
 from headwater.datamodules.writer import ShardWriter
 from headwater.embedded import place
 from headwater.modalities import Action, Audio, Image, Text, Video
@@ -33,6 +37,15 @@ def readers():
 
 def open_source(readers, pattern, **options):
     return OpenSource("s", Source(pattern, **options), readers, 0, 4)
+
+
+def one(source, index):
+    return source.read(np.array([index]))[0]
+
+
+def dataset(sources, batch_size, unit="batch", rank=0, world=1, first=0, steps=None, **options):
+    plan = Plan(sources, Ledger([s.source.weight for s in sources]), batch_size, unit, **options)
+    return ShardDataset(plan, rank, world, first, steps)
 
 
 def equal(a, b):
@@ -63,22 +76,22 @@ def test_a_broken_member_costs_itself_and_is_named(readers, tmp_path, member):
     things, episodes = (open_source(readers, f"embedded:{name}") for name in ("things-seen-*.tar", "episodes-test-*.tar"))
     whole = {}
     for source in (things, episodes):
-        shard = source.shards[0]
-        whole |= shard.read(os.open(shard.path, os.O_RDONLY), 0)
+        index, file = source._shard(0)
+        whole |= index.read(file, 0)
     broken = {**whole, member: b" " if member == "txt" else whole[member][: len(whole[member]) // 5]}
     with ShardWriter(tmp_path / "{}.tar") as writer:
         writer.write("0", whole)
         writer.write("1", broken)
         writer.write("2", {**whole, member: b""})
     source = OpenSource("s", Source(str(tmp_path)), readers, 0, 0)
-    assert set(source.read(0, 0)[0]) == set(readers)
-    assert source.read(0, 0)[1] == []
+    assert set(one(source, 0).sample) == set(readers)
+    assert one(source, 0).faults == []
     for row in (1, 2):
-        sample, faults = source.read(row, 0)
+        sample, _, _, faults = one(source, row)
         assert len(faults) == 1
         assert f"{row}.{member}: " in faults[0]
         assert len(sample) == 4
-    data = ShardDataset([source], "batch", 3, 0)
+    data = dataset([source], 3)
     batch = data.batch(0)
     lost = next(k for k, r in readers.items() if member in r.extensions)
     assert batch[lost].valid.any(1).tolist() == [True, False, False]
@@ -90,7 +103,7 @@ def test_a_batch_without_one_good_member_keeps_its_keys(readers, tmp_path):
     with ShardWriter(tmp_path / "{}.tar") as writer:
         for i in range(4):
             writer.write(str(i), {"png": b"no", "txt": b"words"})
-    batch = ShardDataset([open_source(readers, str(tmp_path))], "batch", 4, 0).batch(0)
+    batch = dataset([open_source(readers, str(tmp_path))], 4).batch(0)
     assert not batch["image"].valid.any()
     assert batch["text"].valid.any(1).all()
 
@@ -110,9 +123,9 @@ def test_silence_is_a_fault_of_its_own(readers, tmp_path):
 def test_batches_do_not_depend_on_workers(readers, unit):
     sources = [
         OpenSource("things", Source("embedded:things-seen-*.tar", 2, views=["image", "audio"]), readers, 0, 4),
-        OpenSource("sounds", Source("embedded:sounds-test-*.tar", 1, batch_size=3), readers, 0, 4),
+        OpenSource("sounds", Source("embedded:sounds-test-*.tar", 1, batch_size=3), readers, 0, 4, 1),
     ]
-    data = ShardDataset(sources, unit, 6, 0, first=5, steps=12)
+    data = dataset(sources, 6, unit, first=5, steps=12)
     plain = list(data)
     assert len(plain) == 7
     for workers in (1, 2):
@@ -122,8 +135,8 @@ def test_batches_do_not_depend_on_workers(readers, unit):
 
 def test_ranks_share_the_same_global_batch(readers):
     source = open_source(readers, "embedded:things-seen-*.tar", views=["image"])
-    whole = ShardDataset([source], "batch", 7, 0).batch(3)
-    parts = [ShardDataset([source], "batch", 7, 0, rank, 3).batch(3) for rank in range(3)]
+    whole = dataset([source], 7).batch(3)
+    parts = [dataset([source], 7, rank=rank, world=3).batch(3) for rank in range(3)]
     for rank, part in enumerate(parts):
         assert torch.equal(part["sample"], whole["sample"][rank::3])
         assert torch.equal(part["seed"], whole["seed"][rank::3])
@@ -132,7 +145,7 @@ def test_ranks_share_the_same_global_batch(readers):
 
 def test_an_epoch_holds_every_sample_once_and_views_differ_between_epochs(readers):
     source = open_source(readers, "embedded:sounds-test-*.tar", views=["audio"], modalities=["audio"])
-    data = ShardDataset([source], "batch", 11, 0)
+    data = dataset([source], 11)
     epochs = [torch.cat([data.batch(step)["sample"] for step in range(e * 3, e * 3 + 3)]) for e in (0, 1)]
     assert sorted(epochs[0].tolist()) == sorted(epochs[1].tolist()) == list(range(33))
     assert not torch.equal(*epochs)
@@ -145,16 +158,16 @@ def test_an_epoch_holds_every_sample_once_and_views_differ_between_epochs(reader
 
 def test_sources_cross_processes(readers):
     source = open_source(readers, "embedded:sounds-test-*.tar")
-    source.read(0, 0)
+    one(source, 0)
     again = pickle.loads(pickle.dumps(source))
-    assert same(again.read(5, 0)[0], source.read(5, 0)[0])
+    assert same(one(again, 5).sample, one(source, 5).sample)
 
 
 def test_a_reader_that_breaks_its_promise_is_named(readers):
     reader = pickle.loads(pickle.dumps(readers["image"]))
     source = OpenSource("s", Source("embedded:things-seen-*.tar"), {"image": reader}, 0, 4)
     reader.features = 5
-    assert "ImageReader.tokens gave x (16, 768)" in source.read(0, 0)[1][0]
-    assert "expected x (16, 5)" in source.read(0, 0)[1][0]
+    assert "ImageReader.tokens gave x (16, 768)" in one(source, 0).faults[0]
+    assert "expected x (16, 5)" in one(source, 0).faults[0]
     with pytest.raises(ValueError, match=r"gave x \(16, 768\)"):
         OpenSource("s", Source("embedded:things-seen-*.tar"), {"image": reader}, 0, 4)

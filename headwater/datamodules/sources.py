@@ -1,0 +1,350 @@
+"""Named streams of samples: shards with an index, read in any order, and streams that can only be read on and on."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from headwater import distributed, random
+from headwater.datamodules.collate import Sample
+from headwater.datamodules.files import Cache, File, expand, filesystem, insist, is_remote
+from headwater.datamodules.index import Card, ShardIndex, content_hash, fits, load_card, load_index
+from headwater.datamodules.order import Order, Places
+from headwater.datamodules.streams import Stream
+from headwater.model import Reader
+from headwater.tokens import Tokens
+
+PICKLES = {"pkl", "pickle", "pyd", "pth", "pt", "joblib"}
+OPEN = 256  # shards that one worker keeps open per source
+
+
+@dataclass
+class Source:
+    """One stream of samples.
+
+    Args:
+        shards: a tar, folder, glob, brace range, "embedded:NAME", a URL that fsspec opens, or "pipe:COMMAND".
+        weight: share of the steps, or of the samples, that come from here, relative to the other sources.
+        modalities: encoders that read from here; None = all whose members the shards hold.
+        batch_size: samples per step over all ranks, where the data module's own does not fit this source.
+        views: modalities that get a random view of each sample (crops, shifts).
+        stream: how the members of a sample become tokens; None = each reader reads its own.
+        cache: folder in which whole shards of a remote source are kept; None = they are read by ranges.
+        cache_size: bytes that the cache may hold.
+    """
+
+    shards: str
+    weight: float = 1.0
+    modalities: list[str] | None = None
+    batch_size: int | None = None
+    views: list[str] | None = None
+    stream: Stream | None = None
+    cache: str | None = None
+    cache_size: int = 100 << 30
+
+
+class Read(NamedTuple):
+    """One sample that was read. number: names it in all epochs; seed: differs from epoch to epoch; faults: what is missing."""
+
+    sample: Sample
+    number: int
+    seed: int
+    faults: list[str]
+
+
+class OpenSource:
+    """A source whose shards have an index: any sample at any time, exactly once per epoch.
+
+    Args:
+        name, source: as in the recipe. number: of the source, the upper bits of its sample numbers.
+        readers: modality -> reader. seed, window: of the order.
+    """
+
+    lost: tuple[str, ...] = ()  # guarantees that this source cannot give
+
+    def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
+        self.name, self.source, self.seed, self.number = name, source, seed, number
+        self.cache = Cache(source.cache, source.cache_size) if source.cache else None
+        self.cards: list[Card] = [self._card(path) for path in expand(source.shards)]
+        self.members = tuple(sorted({e for card in self.cards for e in card.extensions}))
+        self.stream = source.stream or Stream()
+        self.readers = chosen(name, source, readers, self.members)
+        self.wanted = self.stream.wanted(self.readers, self.members)
+        self.order = Order([card.samples for card in self.cards], random.seed_of(seed, *name.encode()), window)
+        self._open: OrderedDict[int, tuple[ShardIndex, File]] = OrderedDict()
+        self._window: list[int] = []
+
+    @property
+    def total(self) -> int:
+        """Samples per epoch."""
+        return self.order.total
+
+    @property
+    def faults(self) -> list[str]:
+        """What the index could not use."""
+        return [fault for card in self.cards for fault in card.faults]
+
+    def read(self, index: np.ndarray) -> list[Read]:
+        """Samples of the order by their numbers (K,)."""
+        places = self.order.places(index)
+        if self.cache and len(index):
+            self._fetch_ahead(int(index[0]))
+        numbers = (self.number << 40) + self.order.before[places.shard] + places.row
+        columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in places]
+        seeds = random.seeds_of(self.seed, columns[0], self.number, *columns[1:])
+        views = {name: random.fold(seeds, name) for name in self.source.views or ()}
+        found = self._contents(places)
+        out = []
+        for k, (number, seed) in enumerate(zip(numbers.tolist(), seeds.tolist())):
+            view = {name: draws[k] for name, draws in views.items()}
+            sample, faults = self._sample(found[k], view, int(places.shard[k]), int(places.row[k]))
+            out.append(Read(sample, number, seed, faults))
+        return out
+
+    def lengths(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """modality -> (K,) tokens that each sample will have there, by the facts of the index; 0 = it lacks the modality."""
+        places = self.order.places(index)
+        out = {name: np.zeros(len(index), np.int64) for name in self.readers}
+        for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist())):
+            for name, length in self.stream.lengths(self.readers, *self._facts(shard, row)).items():
+                if length is None:
+                    raise ValueError(
+                        f"source {self.name}: the index does not tell how many tokens {name} has in "
+                        f"{self.cards[shard].path}: {self._shard(shard)[0].key(row)}; `headwater index --measure` notes it "
+                        "(with --tokenizer for texts), or take pack and arrange out"
+                    )
+                out[name][k] = length
+        return out
+
+    def hint(self, name: str, index: np.ndarray) -> np.ndarray:
+        """(K,) float: one fact of the index for these samples, NaN where it is unknown."""
+        places = self.order.places(index)
+        return np.array([self._facts(int(s), int(r))[1].get(name, np.nan) for s, r in zip(places.shard, places.row)])
+
+    def _facts(self, shard: int, row: int) -> tuple[dict[str, int], dict[str, float]]:
+        """Bytes of each wanted member of a sample, and all hints of it."""
+        index = self._shard(shard)[0]
+        sizes = {e: size for e, _, size in index.extent(row, self.wanted).members}
+        return sizes, {name: float(column[row]) for name, column in index.hints.items() if column[row] == column[row]}
+
+    def _contents(self, places: Places) -> list[dict[str, bytes] | Exception]:
+        """The members of every sample, or why they cannot be read. Ranges of a remote source are asked for together."""
+        rows = list(zip(places.shard.tolist(), places.row.tolist()))
+        if not self.cache and rows and is_remote(self.cards[rows[0][0]].path):
+            return self._ranges(rows)
+        return [_attempt(partial(self._local, shard, row)) for shard, row in rows]
+
+    def _local(self, shard: int, row: int) -> dict[str, bytes]:
+        index, file = self._shard(shard)
+        return index.read(file, row, self.wanted)
+
+    def _ranges(self, rows: list[tuple[int, int]]) -> list[dict[str, bytes] | Exception]:
+        extents = [self._shard(shard)[0].extent(row, self.wanted) for shard, row in rows]
+        store = filesystem(self.cards[rows[0][0]].path)[0]
+        paths = [filesystem(self.cards[shard].path)[1] for shard, _ in rows]
+        starts, ends = [e.offset for e in extents], [e.offset + e.size for e in extents]
+        found = insist(lambda: store.cat_ranges(paths, starts, ends, on_error="raise"))
+        return [_attempt(partial(extent.cut, content)) for extent, content in zip(extents, found, strict=True)]
+
+    def _sample(
+        self, members: dict[str, bytes] | Exception, view: dict[str, Tensor], shard: int, row: int
+    ) -> tuple[Sample, list[str]]:
+        where = self.cards[shard].path
+        if isinstance(members, Exception):
+            return {}, [f"{where}: sample {row}: {said(members)}"]
+        sample, faults = self.stream.tokens(self.readers, members, view)
+        for name, t in list(sample.items()):
+            try:
+                fitting(self.readers[name], t)
+            except ValueError as error:
+                faults[name] = error
+                del sample[name]
+        if not faults:
+            return sample, []
+        key = self._shard(shard)[0].key(row)
+        return sample, [f"{where}: {key}.{self.readers[n].member(members)}: {said(error)}" for n, error in faults.items()]
+
+    def _card(self, path: str) -> Card:
+        if is_remote(path) and self.cache and not filesystem(path)[0].exists(f"{filesystem(path)[1]}.idx"):
+            return load_card(self.cache.path(path))
+        return load_card(path)
+
+    def _shard(self, shard: int) -> tuple[ShardIndex, File]:
+        """The index and file of a shard; the least recently used of many are closed."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        path = self.cards[shard].path
+        index, file = load_index(path), File(self.cache.path(path) if self.cache and is_remote(path) else path)
+        if not is_remote(path) and not fits(index, file):
+            file.close()
+            raise OSError(f"{path} has changed since it was indexed; run `headwater index {path}`")
+        self._open[shard] = index, file
+        if len(self._open) > OPEN:
+            self._open.popitem(last=False)[1][1].close()
+        return self._open[shard]
+
+    def _fetch_ahead(self, index: int) -> None:
+        window = self.order.upcoming(index)
+        if window != self._window and self.cache:
+            self._window = window
+            self.cache.prefetch([self.cards[shard].path for shard in window])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_window": []}  # file descriptors do not cross processes
+
+
+class StreamSource:
+    """A source without an index, a pipe or an HTTP stream, read through webdataset from its head on, again and again.
+
+    Each loader process takes every n-th sample of the stream, or whole shards where there are enough.
+    """
+
+    lost = (
+        "a run that goes on begins at the head of the stream again",
+        "which samples share a batch depends on the number of ranks and workers",
+        "samples are shuffled in a buffer only, and one epoch is not told from the next",
+    )
+    total = sys.maxsize
+    faults: tuple[str, ...] = ()
+
+    def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
+        self.name, self.source, self.seed, self.number, self.window = name, source, seed, number, window
+        self.urls = expand(source.shards)
+        self.stream = source.stream or Stream()
+        self.broken: list[str] = []
+        first = next(iter(self._samples(self.urls)), None)
+        if first is None:
+            raise ValueError(f"source {name} gave no sample from {self.urls[0]}: {'; '.join(self.broken) or 'it is empty'}")
+        self.readers = chosen(name, source, readers, tuple(first[1]))
+        self._passing: Iterator[tuple[str, dict[str, bytes]]] | None = None
+
+    def read(self, index: np.ndarray) -> list[Read]:
+        """The next samples that this process meets; which numbers were asked for does not matter."""
+        if self._passing is None:
+            self._passing = self._endless()
+        out = []
+        for _ in range(len(index)):
+            key, members = next(self._passing)
+            number = (self.number << 40) + (content_hash(key.encode()) & ((1 << 40) - 1))
+            seed = random.seed_of(self.seed, self.number, number)
+            view = {name: random.fold(torch.tensor(seed), name) for name in self.source.views or ()}
+            sample, faults = self.stream.tokens(self.readers, members, view)
+            broken, self.broken = self.broken, []
+            out.append(Read(sample, number, seed, [*broken, *(f"{key}.{n}: {said(error)}" for n, error in faults.items())]))
+        return out
+
+    def lengths(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Cannot be known."""
+        raise ValueError(f"source {self.name} is a stream without an index; it cannot be packed or arranged by length")
+
+    hint = lengths  # type: ignore[assignment]
+
+    def _endless(self) -> Iterator[tuple[str, dict[str, bytes]]]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader, count = distributed.rank() * workers + number, distributed.world() * workers
+        whole = len(self.urls) >= count
+        urls = self.urls[reader::count] if whole else self.urls
+        empty = 0
+        while empty < 3:
+            empty += 1
+            for place, sample in enumerate(self._samples(urls)):
+                if whole or place % count == reader:
+                    empty = 0
+                    yield sample
+        raise RuntimeError(f"source {self.name}: the stream {urls[0]} gave no sample three times: {'; '.join(self.broken)}")
+
+    def _samples(self, urls: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        import webdataset
+
+        def note(error: Exception) -> bool:
+            self.broken.append(said(error))
+            return True
+
+        stages = [webdataset.SimpleShardList(list(urls)), webdataset.tarfile_to_samples(handler=note)]
+        if self.window:
+            stages.append(webdataset.shuffle(1000, rng=Random(self.seed)))
+        for sample in webdataset.DataPipeline(*stages):
+            yield sample["__key__"], {k.lower(): v for k, v in sample.items() if isinstance(v, bytes)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_passing": None}
+
+
+def open_source(name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0):
+    """With an index where there is or can be one, else as a stream."""
+    streamed = StreamSource if is_stream(source) else OpenSource
+    return streamed(name, source, readers, seed, window, number)
+
+
+def is_stream(source: Source) -> bool:
+    """True for what can only be read from its head on: a pipe, or a remote shard without index and cache."""
+    if source.shards.startswith("pipe:"):
+        return True
+    if not is_remote(source.shards) or source.cache:
+        return False
+    try:
+        first = expand(source.shards)[0]
+        store, name = filesystem(first)
+        return not store.exists(f"{name}.idx")
+    except NotImplementedError:  # a store that cannot tell cannot be read by ranges either
+        return True
+
+
+def chosen(name: str, source: Source, readers: dict[str, Reader], members: Collection[str]) -> dict[str, Reader]:
+    """The readers that find a member in this source, checked before step 0 rather than in a worker."""
+    found = {k: r for k, r in readers.items() if (source.stream or Stream()).serves(k, r, members)}
+    if source.modalities is not None:
+        if lacking := [k for k in source.modalities if k not in found]:
+            wanted = {k: readers[k].extensions if k in readers else "no encoder of that name" for k in lacking}
+            raise ValueError(f"source {name} should give {lacking}, but its members are {tuple(members)}; expected {wanted}")
+        found = {k: found[k] for k in source.modalities}
+    if not found:
+        known = {k: r.extensions for k, r in readers.items()}
+        raise ValueError(f"source {name} has the members {tuple(members)}, which no encoder reads; the encoders read {known}")
+    if wrong := [view for view in source.views or () if view not in found]:
+        warnings.warn(f"source {name} has no {wrong} to give views of; expected some of {list(found)}", stacklevel=2)
+    for modality, reader in found.items():
+        if unsafe := PICKLES & {e.rpartition(".")[2] for e in reader.extensions}:
+            raise ValueError(f"the reader of {modality} asks for {unsafe}, which are pickles; a pickle runs code and is never read")
+        fitting(reader, reader.example(1, 0)[0])
+    return found
+
+
+def fitting(reader: Reader, t: Tokens) -> Tokens:
+    """The tokens of one sample, if they have the shape that the reader promises."""
+    if not isinstance(t, Tokens):
+        raise ValueError(f"{type(reader).__name__}.tokens gave a {type(t).__name__}; expected Tokens(x, position)")
+    x, position = t.x.shape, t.position.shape
+    promised = (x[0], *(() if reader.vocab else (reader.features,)))
+    if tuple(x) != promised or len(position) != 2 or position[0] != x[0]:
+        raise ValueError(
+            f"{type(reader).__name__}.tokens gave x {tuple(x)} and position {tuple(position)}; expected x "
+            f"{promised} by its features and vocab, and position (N, P)"
+        )
+    return t
+
+
+def _attempt(read: Callable[[], dict[str, bytes]]) -> dict[str, bytes] | Exception:
+    try:
+        return read()
+    except OSError as error:  # one sample, not the batch
+        return error
+
+
+def said(error: Exception) -> str:
+    """An error in words that are the same each time."""
+    return f"{type(error).__name__}: " + re.sub(r" at 0x[0-9a-f]+", "", str(error))

@@ -1,0 +1,122 @@
+"""The data module: weights that change during a run, its state, how workers start, and what it says before step 0."""
+
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from recorder import digest
+
+from headwater.datamodules.datamodule import ShardDataModule
+from headwater.datamodules.plan import Arrange
+from headwater.datamodules.sources import Source
+from headwater.modalities.audio import AudioReader
+from headwater.modalities.image import ImageReader
+from headwater.modalities.text import TextReader
+
+READERS = {"image": ImageReader(32, 16), "text": TextReader(length=32), "audio": AudioReader(seconds=0.3)}
+TRAIN = {
+    "things": Source("embedded:things-seen-*.tar", modalities=["image", "text"], views=["image"]),
+    "sounds": Source("embedded:sounds-test-*.tar", modalities=["audio"]),
+}
+
+
+def module(step=0, **options):
+    data = ShardDataModule(**{"train": TRAIN, "batch_size": 4, "workers": 0, "notice": 6, **options})
+    backbone = SimpleNamespace(readers=READERS)
+    data.trainer = SimpleNamespace(global_step=step, lightning_module=SimpleNamespace(backbone=backbone, device="cpu"))
+    data.setup("fit")
+    return data
+
+
+def sources(batches):
+    return [int(batch["sample"][0]) >> 40 for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_change_of_weights_begins_when_it_was_announced_whatever_was_read_ahead(workers):
+    data = module(workers=workers)
+    loader = iter(data.train_dataloader())
+    met = []
+    for step in range(30):
+        met.append(next(loader))
+        data.trainer.global_step = step + 1
+        if step == 9:
+            assert data.reweigh({"things": 0, "sounds": 1}) == 16
+    assert sources(met)[:16] == [0, 1] * 8
+    assert sources(met)[16:] == [1] * 14
+    assert data.shares() == {"things": 8 / 30, "sounds": 22 / 30}
+    again = module(step=20)
+    again.load_state_dict(data.state_dict())
+    assert [digest(b) for b in islice(again.train_dataloader(), 10)] == [digest(b) for b in met[20:]]
+
+
+def test_a_change_waits_for_the_end_of_a_window():
+    data = module(unit="sample", arrange=Arrange("length", 8), step=3, train={"a": TRAIN["things"], "b": TRAIN["things"]})
+    assert data.reweigh({"a": 1, "b": 3}) == 16
+
+
+def test_weights_must_name_every_source():
+    with pytest.raises(ValueError, match="expected one for each source"):
+        module().reweigh({"things": 1})
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_workers_may_be_started_in_any_way(start):
+    plain = [digest(b) for b in islice(module().train_dataloader(), 5)]
+    loaded = module(workers=2, start=start).train_dataloader()
+    assert [digest(b) for b in islice(loaded, 5)] == plain
+
+
+def test_a_checkpoint_of_another_setting_is_told():
+    state = module().state_dict()
+    with pytest.warns(UserWarning, match=r"batch_size \(was 4, is 8\)"):
+        module(batch_size=8).load_state_dict(state)
+    changed = {**TRAIN, "sounds": Source("embedded:sounds-train-*.tar", modalities=["audio"])}
+    with pytest.warns(UserWarning, match="sounds': 33"):
+        module(train=changed).load_state_dict(state)
+
+
+def test_state_is_plain():
+    state = module().state_dict()
+    assert state["ledger"] == [[0, [1.0, 1.0]]]
+    assert state["setting"]["sources"] == {"things": 160, "sounds": 33}
+
+
+@pytest.mark.parametrize(("mixing", "ratio"), [("weights", 1.0), ("epoch", 33 / 160), ("size", (33 / 160) ** 0.5)])
+def test_modes_of_mixing(mixing, ratio):
+    data = module(mixing=mixing, unit="batch")
+    (_, weights), *_ = data.ledger.entries
+    assert weights[1] / weights[0] == pytest.approx(ratio)
+
+
+def test_more_workers_than_notice_are_refused():
+    with pytest.raises(ValueError, match="more notice than workers"):
+        ShardDataModule(train=TRAIN, workers=6, notice=6)
+
+
+def test_a_stream_says_what_is_lost_and_cannot_be_held_out():
+    import glob
+
+    from headwater.embedded import place
+
+    tar = glob.glob(place("embedded:things-seen-*.tar"))[0]
+    stream = {"s": Source(f"pipe:cat {tar}", modalities=["text"])}
+    with pytest.warns(UserWarning, match="begins at the head of the stream again"):
+        module(train=stream)
+    with pytest.warns(UserWarning, match="no index"), pytest.raises(ValueError, match="held-out sources are read once"):
+        module(held_out=stream)
+
+
+def test_arranged_and_packed_batches_of_the_embedded_shards():
+    titles = {"titles": Source("embedded:things-train-*.tar", modalities=["text"])}
+    data = module(train=titles, batch_size=512, pack={"text": 256})
+    filled = [b["text"].valid.float().mean().item() for b in islice(data.train_dataloader(), 8)]
+    assert min(filled) > 0.9
+    plain = module(train=titles, batch_size=64)
+    sorted_ = module(train=titles, batch_size=64, arrange=Arrange("text", 8))
+
+    def share(data):
+        return torch.tensor([b["text"].valid.float().mean().item() for b in islice(data.train_dataloader(), 8)]).mean()
+
+    assert share(sorted_) > 1.2 * share(plain)
