@@ -46,7 +46,7 @@ class Reader(Described):
         raise NotImplementedError(f"{type(self).__name__} makes no tokens")
 
     def length(self, facts: dict[str, float]) -> int | None:
-        """How many tokens one sample will have, with or without a view; None = not known before it is decoded.
+        """How many tokens one sample will have, with or without a view, never fewer; None = not known before it is decoded.
 
         facts: of the member that is read. "size" in bytes is always there; others where the index has them: "width", "height",
         "seconds", "frames", "fps", "steps", "words" and `tokens-<digest>`, the ids of a text by the tokenizer of that digest.

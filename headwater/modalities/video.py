@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ from einops import rearrange
 from torch import Tensor
 
 from headwater import random
+from headwater.modalities import decoding
+from headwater.modalities.films import TICK, Film
 from headwater.modalities.image import fit, grid, patches, rgb
 from headwater.model import Encoder, Reader
 from headwater.tokens import Tokens
@@ -18,44 +22,81 @@ from headwater.trunk import Trunk
 
 
 class VideoReader(Reader):
-    """A video file -> at most `frames` frames, every `stride`-th, size x size -> tubelets of tubelet x patch x patch pixels.
+    """A video file -> at most `frames` frames, size x size -> tubelets of tubelet x patch x patch pixels.
 
-    Position: (number of the tubelet's last frame, row, column). Order is that number too: the patches of one moment see each
-    other, and in causal attention a step sees the frames up to its own.
+    Frames are taken by number, every `stride`-th, or with `rate` by the time at which they are on screen, whatever the file's
+    own frame rate. A random view starts at a random moment from which the clip still fits; else a clip starts at 0. Only the
+    frames that are taken, and those between them and the keyframe before, are decoded.
+
+    Position: (number of the tubelet's last frame, row, column), frames counted as they were taken. Order is that number too:
+    the patches of one moment see each other, and in causal attention a step sees the frames up to its own.
+
+    Args:
+        size: pixels of a frame's longer side; the rest becomes white.
+        patch: pixels per tubelet side.
+        frames: the most frames of a clip.
+        stride: every how many frames one is taken.
+        tubelet: frames per tubelet; the last frame is repeated to fill one.
+        rate: frames per second to take, in place of stride.
     """
 
     extensions = ("mp4", "webm", "mkv", "avi", "mov")
 
-    def __init__(self, size: int = 64, patch: int = 8, frames: int = 16, stride: int = 1, tubelet: int = 1) -> None:
+    def __init__(
+        self, size: int = 64, patch: int = 8, frames: int = 16, stride: int = 1, tubelet: int = 1, rate: float | None = None
+    ) -> None:
         if size % patch:
             raise ValueError(
                 f"frame size {size} is not a multiple of patch {patch}; choose for example size {size // patch * patch}"
             )
-        self.size, self.patch, self.frames, self.stride, self.tubelet = size, patch, frames, stride, tubelet
+        if rate is not None and (rate <= 0 or stride != 1):
+            raise ValueError(f"found rate={rate} and stride={stride}; give a rate above 0 or a stride, not both")
+        self.size, self.patch, self.frames, self.stride, self.tubelet, self.rate = size, patch, frames, stride, tubelet, rate
         self.features = tubelet * patch * patch * 3
 
-    def decode(self, members: dict[str, bytes]) -> np.ndarray:
-        import av
-
-        frames: list[np.ndarray] = []
-        with av.open(io.BytesIO(members[str(self.member(members))])) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number % self.stride == 0:
-                    frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) == self.frames:
-                    break
-        if not frames:
-            raise ValueError("the video has no frame")
-        return np.stack(frames)
+    def decode(self, members: dict[str, bytes]) -> Film:
+        """The file, opened and found whole; `tokens` decodes the frames that it takes."""
+        return decoding.backend("video")(members[str(self.member(members))])
 
     def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
-        """signal: uint8 (T, H, W, 3) or a list of pictures; the last frame is repeated to fill a tubelet."""
-        frames = torch.stack([fit(rgb(f), self.size) for f in signal[: self.frames]])
-        frames = torch.cat([frames, frames[-1:].expand(-len(frames) % self.tubelet, -1, -1, -1)])
-        side = self.size // self.patch
-        position = grid(len(frames) // self.tubelet, side, side)
-        position[:, 0] = position[:, 0] * self.tubelet + self.tubelet - 1
-        return Tokens(patches(frames, self.tubelet, self.patch), position, order=position[:, 0].long())
+        """signal: a Film, or frames that were taken already: uint8 (T, H, W, 3) or a list of pictures."""
+        start = 0.0 if view is None else random.uniform(view, (1,), "start").item()
+        taken = self._take(signal, start) if isinstance(signal, Film) else self._cut(signal, start)
+        frames = np.stack([fit(rgb(frame), self.size) for frame in taken])
+        if missing := -len(frames) % self.tubelet:
+            frames = np.concatenate([frames, frames[-1:].repeat(missing, 0)])
+        position, order = tubes(len(frames) // self.tubelet, self.size // self.patch, self.tubelet)
+        return Tokens(patches(frames, self.tubelet, self.patch), position, order=order)
+
+    def _take(self, film: Film, start: float) -> list[np.ndarray]:
+        """The frames of a clip. start: 0 = as early as possible, 1 = as late as the clip still fits."""
+        count = self._count(film.frames, film.seconds)
+        if self.rate is not None:
+            late = start * max(0.0, film.seconds - TICK - (count - 1) / self.rate)
+            return film.at([late + k / self.rate for k in range(count)])
+        first = int(start * (film.frames - (count - 1) * self.stride))
+        return film.take(range(first, first + count * self.stride, self.stride))
+
+    def _cut(self, frames: Sequence[Any], start: float) -> Sequence[Any]:
+        """As many of the frames as a clip holds."""
+        if not len(frames) or getattr(frames, "ndim", 4) != 4:
+            found = getattr(frames, "shape", "no frame")
+            raise ValueError(f"found a video of {found}; expected uint8 (T, H, W, 3) or a list of pictures")
+        first = int(start * (max(0, len(frames) - self.frames) + 1))
+        return frames[first : first + self.frames]
+
+    def _count(self, frames: float, seconds: float) -> int:
+        """How many frames are taken of a film."""
+        found = frames / self.stride if self.rate is None else (seconds - TICK) * self.rate
+        return max(1, min(self.frames, math.ceil(found)))
+
+    def length(self, facts: dict[str, float]) -> int | None:
+        """From "frames", with a rate from "seconds" or "frames" and "fps"."""
+        seconds = facts.get("seconds", facts["frames"] / facts["fps"] if {"frames", "fps"} <= facts.keys() else None)
+        if (facts.get("frames") if self.rate is None else seconds) is None:
+            return None
+        count = self._count(facts.get("frames", 0), seconds or 0)
+        return math.ceil(count / self.tubelet) * (self.size // self.patch) ** 2
 
     def prepare(self, t: Tokens) -> Tokens:
         return t._replace(x=t.x.to(torch.float32) / 127.5 - 1)
@@ -81,7 +122,25 @@ class Video(Encoder):
         frames: the most frames of a clip.
         stride: every how many frames one is taken.
         tubelet: frames per tubelet.
+        rate: frames per second to take, in place of stride.
     """
 
-    def __init__(self, trunk: Trunk, size: int = 64, patch: int = 8, frames: int = 16, stride: int = 1, tubelet: int = 1) -> None:
-        super().__init__(VideoReader(size, patch, frames, stride, tubelet), trunk)
+    def __init__(
+        self,
+        trunk: Trunk,
+        size: int = 64,
+        patch: int = 8,
+        frames: int = 16,
+        stride: int = 1,
+        tubelet: int = 1,
+        rate: float | None = None,
+    ) -> None:
+        super().__init__(VideoReader(size, patch, frames, stride, tubelet, rate), trunk)
+
+
+@lru_cache(maxsize=1024)
+def tubes(steps: int, side: int, tubelet: int) -> tuple[Tensor, Tensor]:
+    """Position (N, 3) int32 and order (N,) int64 of steps * side * side tubelets. Shared: never write into them."""
+    position = grid(steps, side, side).clone()
+    position[:, 0] = position[:, 0] * tubelet + tubelet - 1
+    return position, position[:, 0].long()

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from typing import Any, NamedTuple
 
+from headwater.datamodules.files import File
 from headwater.datamodules.index import ShardIndex, index_path
 
 EXTENSIONS = {
@@ -18,6 +19,8 @@ EXTENSIONS = {
     "text": ("txt", "cls"),
     "json": ("json",),
 }
+PICKLES = ("joblib", "pickle", "pkl", "pt", "pth", "pyd")  # they run code when they are read, or are code
+PIXELS = 89_478_485  # of a picture or frame; Pillow warns from there on, and raises at twice as many
 KIND = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 
 
@@ -50,6 +53,7 @@ def describe(extension: str, content: bytes) -> dict[str, Any]:
         from PIL import Image
 
         with Image.open(io.BytesIO(content)) as image:
+            bounded(image.width, image.height)
             image.load()
             return {"size": f"{image.width}x{image.height}", "mode": image.mode}
     if kind == "audio":
@@ -71,7 +75,22 @@ def array_of(content: bytes) -> Any:
     """The array of an .npy file; never unpickles."""
     import numpy as np
 
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    try:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise ValueError(
+            "an array of Python objects: a pickle, which can run code, and allow_pickle stays off; save numbers"
+        ) from None
+
+
+def bounded(width: int, height: int) -> None:
+    """Raise ValueError when a picture or frame of that size is too large to be decoded."""
+    if width * height > PIXELS:
+        raise ValueError(
+            f"{width}x{height} are {width * height / 1e6:.0f} million pixels; expected at most {PIXELS / 1e6:.0f} million"
+        )
 
 
 def _audio(content: bytes) -> dict[str, Any]:
@@ -100,6 +119,7 @@ def _video(content: bytes) -> dict[str, Any]:
         if not media.streams.video:
             raise ValueError("no video stream in the file")
         stream = media.streams.video[0]
+        bounded(stream.width, stream.height)
         first = next(media.decode(stream), None)
         if first is None:
             raise ValueError("the video has no frames")
@@ -115,9 +135,9 @@ def pick(indices: list[ShardIndex], count: int) -> list[Picked]:
     wanted = [i * total // min(count, total) for i in range(min(count, total))]
     picked, start = [], 0
     for index in indices:
-        with open(index.path, "rb") as file:
+        with File(index.path) as file:
             for row in (i - start for i in wanted if start <= i < start + len(index)):
-                picked.append(_picked(index.keys[row].as_py(), index.read(file.fileno(), row)))
+                picked.append(_picked(index.key(row), index.read(file, row)))
         start += len(index)
     return picked
 
@@ -136,7 +156,7 @@ def rows(one: ShardSet) -> list[tuple[str, ...]]:
     """Per extension: name, count, mean size, largest size, decoded facts."""
     lines: list[tuple[str, ...]] = []
     for extension in sorted({e for index in one.indices for e in index.extensions}):
-        sizes = [int(s) for index in one.indices if extension in index.size for s in index.size[extension] if s >= 0]
+        sizes = [int(s) for index in one.indices for s in index.sizes(extension) if s >= 0]
         facts = summary([p.facts[extension] for p in one.picked if extension in p.facts])
         broken = sum(extension in p.faults for p in one.picked)
         note = f"{broken} do not decode" if broken else ""

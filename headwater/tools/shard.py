@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
-import re
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from headwater.datamodules.writer import ShardWriter
-from headwater.tools.decode import KIND, describe, extension_of
-from headwater.tools.sources import MANIFESTS, Found, Sample, Skip, read_folder, read_manifest, show
+from headwater.tools.corpora import matches_common_voice, matches_librispeech, read_common_voice, read_librispeech
+from headwater.tools.decode import KIND, PICKLES
+from headwater.tools.fetch import FETCH, Fetch, clear, fetch_all
+from headwater.tools.hf_datasets import matches_saved, read_saved
+from headwater.tools.manifests import MANIFESTS, NO_CAPTION, Get, read_manifest
+from headwater.tools.sources import Found, read_folder, show
+from headwater.tools.splits import SPLITS, Written, shards_in, write
+
+HDF5 = (".h5", ".hdf5")
+UNFINISHED = "unfinished"  # lies in the output while shards are written
 
 
 def shard(
@@ -30,169 +30,161 @@ def shard(
     size: int | None = None,
     overwrite: bool = False,
     keep: str = "",
+    url: str = "",
+    retry: str = "",
+    fetch: Fetch = FETCH,
+    clip: float | None = None,
+    gop: int = 8,
+    allow_misaligned: bool = False,
 ) -> None:
     """Make WebDataset shards from a folder tree, an image folder or a manifest.
 
     Hidden files are left out. Files that do not decode are skipped, named and listed in out/skipped.jsonl.
 
     Args:
-        source: a folder (files with the same stem are one sample; only images in subfolders: the subfolder is the class),
-            or a CSV, TSV (unquoted), JSONL or Parquet manifest whose columns hold file paths and texts.
+        source: a folder (files with the same stem are one sample; only images in subfolders: the subfolder is the class); a
+            CSV, TSV (unquoted), JSONL or Parquet manifest whose columns hold file paths or URLs and texts; a Hugging Face
+            data set saved to disk; a speech corpus like LibriSpeech or Common Voice; robot episodes as LeRobot or HDF5.
         out: folder for train-00000.tar, validation-00000.tar and their indices.
-        caption: manifest column written as .txt; guessed from caption, text, title, label. Of a list, the first entry.
+        caption: column of a manifest or data set written as .txt; guessed from caption, text, title, label. Of a list, the
+            first entry.
         samples: samples per shard.
-        train: share of samples in the train shards, by a hash of the source name; the rest goes to validation shards.
+        train: share of samples in the train shards, by a hash of the source name; the rest goes to validation shards. All clips
+            of a film and all sentences of a speaker go to one side. Splits that the source has are kept instead.
         size: re-encode larger images so that the longer side has this many pixels (first frame only); default: original bytes.
+            With clip, also the longer side of the clips.
         overwrite: replace the shards that `out` holds.
         keep: further extensions, "csv,beats", for readers of your own; these files are taken as they are.
+        url: manifest columns to fetch, "image_url,sound_url"; guessed when one column of URLs stands out.
+        retry: fetch again what failed for good in an earlier run: "permanent", or classes such as "gone,media".
+        fetch: how URLs are fetched.
+        clip: cut each video into clips of so many seconds.
+        gop: frames from one keyframe of a clip to the next; a reader may start at any of them.
+        allow_misaligned: take robot episodes whose streams differ in length or rate, cut to what they share.
     """
     root, folder = Path(source), Path(out)
     old = _refuse(root, folder, samples, train, size, overwrite)
-    if root.is_dir() and caption is not None:
-        raise SystemExit(f"--caption {caption} names a manifest column but {root} is a folder; leave it out, or give a manifest")
-    more = [extension.strip().lstrip(".").lower() for extension in keep.split(",") if extension.strip()]
-    found = read_folder(root, folder, more) if root.is_dir() else read_manifest(root, caption, more)
+    extensions = [extension.lstrip(".").lower() for extension in _listed(keep)]
+    if pickled := {*extensions} & {*PICKLES}:
+        raise SystemExit(f"found --keep {min(pickled)}; a pickle runs code when it is read and is never taken; save arrays as .npy")
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    get = partial(fetch_all, out=folder, how=fetch, retry=retry, wanted={*KIND, *extensions}, progress=console.is_terminal)
+    found = _read(root, folder, caption, extensions, _listed(url), get, allow_misaligned)
+    fetched = any(folder / "fetched" in path.parents for sample in found.samples for path in sample.files.values())
+    if clip is not None:
+        from headwater.tools.films import cut_films
+
+        found = cut_films(found, clip, size, gop)
     console.print(f"{show(root)}: {found.kind}, {len(found.samples)} samples found")
-    shards, members, skipped = _write(found, folder, samples, train, size, console.is_terminal)
+    for sentence in found.report:
+        console.print(sentence)
+    own = {sample.split for sample in found.samples} - {""}
+    if own and train < 1:
+        raise SystemExit(f"found --train {train}, but {root} has splits of its own: {', '.join(sorted(own))}; leave it out")
+    old |= _old(folder, own, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in skipped]
+    (folder / UNFINISHED).write_text("shards are being written here, or that was stopped; the same command starts them anew\n")
+    written = write(found, folder, samples, train, size, console.is_terminal)
+    lines = [json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in written.skipped]
     (folder / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
-    _report(found, members, skipped, folder, console)
-    if not shards:
+    _report(found, written, folder, console)
+    if written.shards:
+        _replace(found, folder, old - written.shards, bool(old))
+        if fetched and not fetch.keep:
+            clear(folder)
+    (folder / UNFINISHED).unlink()
+    if not written.shards:
         known = " ".join(f".{extension}" for extension in KIND)
         raise SystemExit(
-            f"nothing to write: {show(root)} ({found.kind}) gave 0 samples and {len(skipped)} skipped; expected at least one file"
-            f" that decodes among {known}; see {folder / 'skipped.jsonl'}, check the path and the files"
+            f"nothing to write: {show(root)} ({found.kind}) gave 0 samples and {len(written.skipped)} skipped; expected at least"
+            f" one file that decodes among {known}; see {folder / 'skipped.jsonl'}, check the path and the files"
         )
-    for stale in old - shards:
-        stale.unlink()
-        Path(f"{stale}.idx").unlink(missing_ok=True)
+
+
+def _replace(found: Found, out: Path, stale: set[Path], replaced: bool) -> None:
+    """Remove the old shards that were not written over, and put down the names of the classes."""
+    for path in stale:
+        path.unlink()
+        Path(f"{path}.idx").unlink(missing_ok=True)
     if found.classes:
-        (folder / "classes.json").write_text(json.dumps(found.classes, ensure_ascii=False), encoding="utf-8")
-    elif old:
-        (folder / "classes.json").unlink(missing_ok=True)
+        (out / "classes.json").write_text(json.dumps(found.classes, ensure_ascii=False), encoding="utf-8")
+    elif replaced:
+        (out / "classes.json").unlink(missing_ok=True)
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _read(root: Path, out: Path, caption: str | None, keep: list[str], url: list[str], get: Get, allow_misaligned: bool) -> Found:
+    """What kind of source is this? The special ones first; any folder is at least a folder of files."""
+    if root.is_file() and root.suffix.lower() in MANIFESTS:
+        return read_manifest(root, caption, keep, url, get)
+    if url:
+        raise SystemExit(f"--url {','.join(url)} names columns but {root} is no manifest; leave it out, or give a manifest")
+    if matches_saved(root):
+        return read_saved(root, caption)
+    if caption is not None:
+        raise SystemExit(f"--caption {caption} names a column but {root} has none; leave it out, or give a manifest")
+    from headwater.tools.lerobot import matches_lerobot, read_lerobot
+
+    if matches_common_voice(root):
+        return read_common_voice(root)
+    if matches_librispeech(root):
+        return read_librispeech(root)
+    if matches_lerobot(root):
+        return read_lerobot(root, allow_misaligned)
+    if matches_hdf5(root):
+        from headwater.tools.hdf5 import read_hdf5
+
+        return read_hdf5(root, allow_misaligned)
+    return read_folder(root, out, keep)
+
+
+def matches_hdf5(root: Path) -> bool:
+    """Whether this is an HDF5 file, or a folder with such files and nothing else that shards take but notes."""
+    extensions = {path.suffix.lower() for path in (root.rglob("*") if root.is_dir() else [root])}
+    return bool(extensions & {*HDF5}) and not extensions & {
+        f".{extension}" for extension in KIND if extension not in ("txt", "json")
+    }
 
 
 def _refuse(root: Path, out: Path, samples: int, train: float, size: int | None, overwrite: bool) -> set[Path]:
     """Stop on what cannot work; return the shards that are to be replaced."""
     if not root.exists():
         raise SystemExit(f"{root} does not exist; expected a folder or a manifest; check the path")
-    if root.is_file() and root.suffix.lower() not in MANIFESTS:
+    if root.is_file() and root.suffix.lower() not in (*MANIFESTS, *HDF5):
         raise SystemExit(f"{root} is a file; expected a folder or a manifest ({', '.join(MANIFESTS)}); give its folder")
     if not 0 < train <= 1 or samples < 1 or (size is not None and size < 1):
         raise SystemExit(f"found --train {train} --samples {samples} --size {size}; expected 0 < train <= 1 and counts from 1 up")
     if out.exists() and not out.is_dir():
         raise SystemExit(f"{out} is a file; expected a folder for the shards; give another path")
-    old = {*out.glob("train-*.tar"), *out.glob("validation-*.tar")}
-    if old and not overwrite:
+    return _old(out, {*SPLITS}, overwrite)
+
+
+def _old(out: Path, splits: set[str], overwrite: bool) -> set[Path]:
+    """The shards of these splits that are to be replaced; stops when there are some and that was not asked for."""
+    old = shards_in(out, splits)
+    if old and not overwrite and not (out / UNFINISHED).exists():
         raise SystemExit(f"{out} holds {len(old)} shards; expected none; give another folder, or --overwrite to replace them")
     return old
 
 
-def _write(
-    found: Found, out: Path, samples: int, train: float, size: int | None, progress: bool
-) -> tuple[set[Path], dict[str, Counter[str]], list[Skip]]:
-    """The shards written, per split the number of samples and members, and all that was skipped."""
-    members: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
-    skipped = list(found.skipped)
-    width = max(6, len(str(len(found.samples))))
-    pattern = str(out).replace("{", "{{").replace("}", "}}") + "/%s-{:05d}.tar"
-    with ShardWriter(pattern % "train", samples) as first, ShardWriter(pattern % "validation", samples) as second:
-        for sample, content in track(_loaded(found.samples, size), "writing", total=len(found.samples), disable=not progress):
-            if isinstance(content, Skip):
-                skipped.append(content)
-                continue
-            # By a hash of the name: a sample keeps its split when others are added, and captions of one file stay together.
-            place = int(hashlib.sha256(sample.name.encode()).hexdigest()[:8], 16) / (1 << 32)
-            split, writer = ("train", first) if place < train else ("validation", second)
-            writer.write(f"{first.written + second.written:0{width}d}", content)
-            members[split].update(["samples", *content])
-    return {*first.shards, *second.shards}, members, skipped
-
-
-def _loaded(samples: list[Sample], size: int | None) -> Iterator[tuple[Sample, dict[str, bytes] | Skip]]:
-    """Samples in order, decoded by threads a few at a time so that memory stays small."""
-    window = 4 * (os.cpu_count() or 1)
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(samples), window):
-            part = samples[start : start + window]
-            yield from zip(part, pool.map(lambda sample: load(sample, size), part))
-
-
-def load(sample: Sample, size: int | None = None) -> dict[str, bytes] | Skip:
-    """The members of a sample as bytes that were seen to decode, or the reason to skip it."""
-    members = {}
-    where = ""
-    try:
-        for extension, path in sample.files.items():
-            where = "" if sample.name.endswith(show(path.name)) else f"{show(path.name)}: "
-            members[extension] = _content(path, size)
-        where = "texts: "
-        if members.keys() & sample.texts.keys():
-            raise ValueError("a file and a text column both give .txt; choose one with --caption")
-        members |= {extension: _text(text.encode()) for extension, text in sample.texts.items()}
-        given = json.loads(members.get("json", b"{}"))
-        facts = (given if isinstance(given, dict) else {"json": given}) | sample.facts
-        if "source" in facts:
-            facts["source_given"] = facts["source"]
-        members["json"] = json.dumps(facts | {"source": sample.name}, ensure_ascii=False, default=str).encode()
-    except Exception as error:  # decoders raise nearly anything on bad bytes
-        # PIL names the buffer by its address, which would differ between two runs.
-        return Skip(sample.name, where + re.sub(r"<_io\.BytesIO[^>]*>", "the file", str(error) or type(error).__name__))
-    return members
-
-
-def _content(path: Path, size: int | None) -> bytes:
-    if not path.is_file():
-        raise ValueError(f"missing file {show(path)}")
-    content, extension = path.read_bytes(), extension_of(path.name)
-    if KIND.get(extension) == "text":
-        return _text(content)
-    if not content:
-        raise ValueError("empty file (0 bytes)")
-    describe(extension, content)
-    return _shrink(content, size) if size and KIND.get(extension) == "image" else content
-
-
-def _text(content: bytes) -> bytes:
-    text = content.decode("utf-8-sig").strip()
-    if not text:
-        raise ValueError("empty caption")
-    return text.encode()
-
-
-def _shrink(content: bytes, size: int) -> bytes:
-    from PIL import Image, ImageOps
-
-    original = Image.open(io.BytesIO(content))
-    if max(original.size) <= size:
-        return content
-    form = "JPEG" if original.format == "MPO" else str(original.format)
-    image = ImageOps.exif_transpose(original)
-    if image.mode in ("P", "PA", "1"):  # colour numbers and bits cannot be averaged
-        image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
-    image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    quality = {"quality": 95} if form in ("JPEG", "WEBP", "AVIF") else {}
-    image.save(buffer, form, icc_profile=image.info.get("icc_profile"), **quality)
-    return buffer.getvalue()
-
-
-def _report(found: Found, members: dict[str, Counter[str]], skipped: list[Skip], out: Path, console: Console) -> None:
-    written = sum(count["samples"] for count in members.values())
-    table = Table("split", "samples", "members", title=f"{show(out)}")
-    for split, count in members.items():
-        if count:
-            table.add_row(split, str(count["samples"]), ", ".join(f"{e} {n}" for e, n in sorted(count.items()) if e != "samples"))
-    if written:
+def _report(found: Found, written: Written, out: Path, console: Console) -> None:
+    """What was written, the classes, and the first of what was left out."""
+    total = sum(count["samples"] for count in written.counts.values())
+    wordless = "no column is the caption: no .txt is written; name one with --caption" if NO_CAPTION in found.kind else None
+    table = Table("split", "samples", "members", title=show(out), caption=wordless)
+    for split, count in sorted(written.counts.items(), key=lambda item: (item[0] not in SPLITS, item[0] != "train", item[0])):
+        table.add_row(split, str(count["samples"]), ", ".join(f"{e} {n}" for e, n in sorted(count.items()) if e != "samples"))
+    if total:
         console.print(table)
     if found.classes:
         classes = Table("number", "class", title="classes")
         for number, name in enumerate(found.classes):
             classes.add_row(str(number), name)
         console.print(classes)
-    named = [f"{skip.source} ({skip.reason})" for skip in skipped[:10]]
-    if len(skipped) > len(named):
-        named.append(f"{len(skipped) - len(named)} more in {show(out / 'skipped.jsonl')}")
-    console.print(f"{written} written, {len(skipped)} skipped{': ' if named else ''}{'; '.join(named)}")
+    named = [f"{skip.source} ({skip.reason})" for skip in written.skipped[:10]]
+    if len(written.skipped) > len(named):
+        named.append(f"{len(written.skipped) - len(named)} more in {show(out / 'skipped.jsonl')}")
+    console.print(f"{total} written, {len(written.skipped)} skipped{': ' if named else ''}{'; '.join(named)}")

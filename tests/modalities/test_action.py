@@ -1,11 +1,13 @@
 import io
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 
 from headwater.datamodules.collate import collate
-from headwater.modalities.action import Action, ActionReader
+from headwater.embedded import place
+from headwater.modalities.action import Action, ActionReader, array
 from headwater.trunk import Trunk
 
 
@@ -58,6 +60,8 @@ def test_an_absent_slot_differs_from_zero_and_from_nothing_else():
         ({"slots": 2}, np.zeros((2, 3))),
         ({"slots": 2}, np.zeros(2)),
         ({"slots": 2}, np.zeros((2, 2), int)),
+        ({"slots": 2}, np.float32(1)),
+        ({"choices": 3}, np.array(["a"])),
     ],
 )
 def test_wrong_arrays_are_refused(options, signal):
@@ -74,3 +78,66 @@ def test_exactly_one_kind_of_action_is_asked_for():
 def test_pickles_are_never_decoded():
     with pytest.raises(ValueError, match=r"[Pp]ickle"):
         ActionReader(slots=2).decode(file(np.array([{"a": 1}], object), allow_pickle=True))
+
+
+ARRAYS = [
+    np.arange(5),
+    np.arange(6, dtype=">i2"),
+    np.zeros(0, int),
+    np.float64(3),
+    np.asfortranarray(np.random.default_rng(0).normal(size=(4, 3))),
+    np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32),
+]
+
+
+@pytest.mark.parametrize("saved", ARRAYS, ids=lambda a: f"{a.dtype}{a.shape}")
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_arrays_are_read_as_numpy_reads_them(saved, version):
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.asarray(saved), version)
+    got = array(content.getvalue())
+    assert got.dtype == saved.dtype
+    assert got.shape == saved.shape
+    assert np.array_equal(got, saved)
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: c[:20], lambda c: c[:4], lambda c: b"", lambda c: b"P" + c])
+def test_damaged_files_raise_a_value_error(damage):
+    with pytest.raises(ValueError, match=r"cut off|magic|header"):
+        ActionReader(choices=9).decode({"npy": damage(file(np.arange(5))["npy"])})
+
+
+def test_a_header_that_promises_too_much_is_refused():
+    content = file(np.arange(5))["npy"].replace(b"(5,)", b"(5" + b"0" * 9 + b",)")
+    with pytest.raises(ValueError, match="cut off"):
+        ActionReader(choices=9).decode({"npy": content})
+
+
+def test_objects_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"Python objects \(object\).*save numbers"):
+        ActionReader(slots=2).decode(file(np.array([[1.0], None], object), allow_pickle=True))
+
+
+@pytest.mark.parametrize("options", [{"choices": 9}, {"slots": 3}])
+def test_the_length_is_the_number_of_steps(options):
+    reader = ActionReader(steps=4, **options)
+    for steps in (1, 3, 4, 9):
+        made = np.zeros(steps, int) if reader.vocab else np.zeros((steps, 2))
+        assert reader.length({"size": 1, "steps": float(steps)}) == len(reader.tokens(made).x)
+    assert reader.length({"size": 1}) is None
+
+
+def test_positions_are_int32_and_values_compact():
+    ids, vectors = ActionReader(choices=3).tokens(np.zeros(4, np.uint8)), ActionReader(slots=3).tokens(np.zeros((4, 2)))
+    assert ids.position.dtype == vectors.position.dtype == torch.int32
+    assert (ids.x.dtype, vectors.x.dtype) == (torch.int64, torch.float32)
+
+
+def test_embedded_actions_are_read_as_numpy_reads_them():
+    reader = ActionReader(choices=7)
+    with tarfile.open(place("embedded:episodes-test-000.tar")) as tar:
+        for content in (tar.extractfile(m).read() for m in tar if m.name.endswith(".npy")):
+            expected = np.load(io.BytesIO(content))
+            t = reader.tokens(reader.decode({"npy": content}))
+            assert t.x.tolist() == expected.tolist()
+            assert reader.length({"size": len(content), "steps": len(expected)}) == len(t.x)

@@ -1,5 +1,6 @@
 import io
 import math
+import tarfile
 
 import numpy as np
 import pytest
@@ -7,7 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from headwater.datamodules.collate import collate
+from headwater.embedded import place
+from headwater.modalities import decoding
 from headwater.modalities.audio import AudioReader, log_mel, mel_bank, resample
+from headwater.modalities.sounds import BACKENDS, LibsndfileSound, PyavSound, Sound
+from headwater.modalities.video import VideoReader
 
 
 def sine(pitch, rate, seconds=0.5):
@@ -110,3 +115,175 @@ def test_a_view_is_a_function_of_its_seed():
     a, again, other = (reader.tokens(sine(440, 16000), torch.tensor(s)).x for s in (1, 1, 2))
     assert torch.equal(a, again)
     assert a.shape != other.shape or not torch.equal(a, other)
+
+
+def sweep(rate, seconds):
+    """A tone that rises, so that every moment sounds different."""
+    time = np.arange(int(rate * seconds)) / rate
+    return (0.5 * np.sin(2 * np.pi * (200 + 100 * time) * time)).astype(np.float32)
+
+
+def wav(wave, rate, kind="wav", subtype=None):
+    soundfile = pytest.importorskip("soundfile")
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, subtype, format=kind)
+    return {kind: file.getvalue()}
+
+
+def aac(wave, rate, container="ipod", film=False):
+    """AAC in an .m4a, .aac or .mp4 file, the last one with a moving picture too."""
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as made:
+        stream = made.add_stream("aac", rate=rate, layout="mono", options={"b": "128k"})
+        if film:
+            picture = made.add_stream("mpeg4", rate=5)
+            picture.height, picture.width, picture.pix_fmt = 16, 16, "yuv420p"
+            for _ in range(10):
+                made.mux(picture.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")))
+            made.mux(picture.encode(None))
+        for start in range(0, len(wave), 1024):
+            frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="fltp", layout="mono")
+            frame.rate, frame.pts = rate, start
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_only_the_seconds_that_are_needed_are_read(rate, monkeypatch):
+    read = []
+    original = LibsndfileSound.read
+    monkeypatch.setattr(LibsndfileSound, "read", lambda self, *part: read.append(part) or original(self, *part))
+    reader, wave = AudioReader(seconds=1.0), sweep(rate, 10)
+    signal = reader.decode(wav(wave, rate, subtype="FLOAT"))
+    assert isinstance(signal, Sound)
+    assert read == []
+    plain = reader.tokens(signal)
+    assert read[0][0] == 0
+    assert rate <= read[0][1] < 1.01 * rate
+    cut = torch.from_numpy(wave[: 2 * rate])
+    whole = log_mel(resample(cut, rate, 16000)[:16000], 16000, 64)
+    assert_close(plain.x.reshape(-1, 64)[: len(whole)].float(), whole, rtol=0, atol=0.01)  # tokens travel as float16
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_view_of_a_long_sound_is_a_random_part_of_it(memory):
+    rate, wave = 16000, sweep(16000, 10)
+    reader = AudioReader(seconds=1.0)
+    signal = (wave, rate) if memory else reader.decode(wav(wave, rate))
+    starts = []
+    for seed in range(30):
+        t = reader.tokens(signal, torch.tensor(seed))
+        assert torch.equal(t.x, reader.tokens(signal, torch.tensor(seed)).x)
+        assert len(t.x) == len(reader.tokens(signal).x)
+        middle = t.x.reshape(-1, 64).float()[20:80].argmax(1).float().mean()  # the band at half a second
+        starts.append(float(middle))
+    first = float(reader.tokens(signal).x.reshape(-1, 64).float()[20:80].argmax(1).float().mean())
+    assert min(starts) >= first - 0.5
+    assert max(starts) > 3 * first  # 200 Hz to 2200 Hz
+    assert len({round(s, 1) for s in starts}) > 20
+
+
+def test_a_view_of_a_short_sound_begins_with_silence_and_has_as_many_tokens():
+    reader, lengths = AudioReader(bands=8, frames=4), set()
+    for seed in range(20):
+        t = reader.tokens(sine(440, 16000), torch.tensor(seed))
+        lengths.add(len(t.x))
+        quiet = (t.x.reshape(-1, 8).float().amax(1) < -11).sum()
+        assert quiet <= 11
+    assert lengths == {len(reader.tokens(sine(440, 16000)).x)}
+
+
+@pytest.mark.parametrize(("container", "extension"), [("ipod", "m4a"), ("adts", "aac")])
+def test_what_libsndfile_does_not_know_is_read_by_another(container, extension):
+    wave = sweep(16000, 2)
+    got, rate = AudioReader().decode({extension: aac(wave, 16000, container)})
+    assert rate == 16000
+    delay = 1024 if container == "adts" else 0  # this container does not know of the encoder's delay
+    assert abs(len(got) - delay - len(wave)) <= 1024
+    assert_close(got[delay + 500 : delay + 30000], torch.from_numpy(wave[500:30000]), rtol=0, atol=0.05)
+
+
+def test_the_sound_of_a_film_is_read_on_demand():
+    film = {"mp4": aac(sweep(16000, 2), 16000, "mp4", film=True)}
+    assert AudioReader().member(film) is None
+    reader = AudioReader(soundtrack=True)
+    assert len(reader.decode(film)[0]) == 32000
+    assert reader.member({**film, "flac": b""}) == "flac"
+    clip = VideoReader(16).decode(film)
+    assert (clip.frames, clip.fps, clip.seconds) == (10, 5, 2)  # packets of sound are no frames
+    assert AudioReader.extensions == AudioReader().extensions
+    with tarfile.open(place("embedded:episodes-test-000.tar")) as tar:
+        silent = next(tar.extractfile(m).read() for m in tar if m.name.endswith("mp4"))
+    with pytest.raises(ValueError, match="no sound track"):
+        reader.decode({"mp4": silent})
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_every_backend_reads_any_part_as_it_is_in_the_whole(backend, kind):
+    if fault := decoding.fault("audio", backend):
+        pytest.skip(fault)
+    wave = np.stack([sweep(8000, 3), 0.5 * sweep(8000, 3)], 1)
+    content = wav(wave, 8000, kind)[kind]
+    sound = BACKENDS[backend](content)
+    assert (sound.rate, sound.count) == (8000, 24000)
+    for start, count in ((0, 24000), (12345, 100), (23990, 500), (5, 17), (16000, 4000)):
+        got = sound.read(start, count)
+        assert got.dtype == np.float32
+        assert_close(torch.from_numpy(got), torch.from_numpy(wave.mean(1)[start : start + count]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("container", ["ipod", "mp4", "adts"])
+def test_parts_of_aac_equal_those_of_the_whole(container):
+    content = aac(sweep(44100, 3), 44100, container)
+    sound = PyavSound(content)
+    whole = sound.read(0, sound.count)
+    for start in (0, 1000, 50_000, 100_003, sound.count - 2000):
+        assert_close(sound.read(start, 2000), whole[start : start + 2000], rtol=0, atol=1e-3)
+
+
+def test_a_long_silence_is_no_fault_where_something_follows():
+    reader, wave = AudioReader(seconds=1.0), np.concatenate([np.zeros(32000, np.float32), sweep(16000, 1)])
+    assert len(reader.tokens(reader.decode(wav(wave, 16000))).x)
+    with pytest.raises(ValueError, match="all zero"):
+        reader.tokens(reader.decode(wav(0 * wave, 16000)))
+
+
+def test_samples_that_are_no_numbers_are_refused():
+    soundfile = pytest.importorskip("soundfile")
+    file = io.BytesIO()
+    soundfile.write(file, np.array([0.1, np.nan] * 50, np.float32), 8000, format="wav", subtype="FLOAT")
+    with pytest.raises(ValueError, match="finite"):
+        AudioReader().decode({"wav": file.getvalue()})
+    for wrong in (np.zeros((2, 100)), np.zeros(0)):
+        with pytest.raises(ValueError, match="samples"):
+            AudioReader().tokens((wrong, 8000))
+    with pytest.raises(ValueError, match="cannot be opened"):
+        AudioReader().decode({"wav": b"RIFF nonsense"})
+
+
+@pytest.mark.parametrize("options", [{}, {"frames": 1}, {"seconds": 0.7, "rate": 11025}, {"rate": 22050, "frames": 3}])
+def test_the_length_is_known_from_the_seconds(options):
+    reader, generator = AudioReader(**options), np.random.default_rng(0)
+    for rate in (8000, 11025, 16000, 22050, 44100, 48000):
+        for count in [*generator.integers(1, 3 * rate, 12).tolist(), rate, 160, 159, 161]:
+            wave = np.ones(count, np.float32)
+            facts = {"size": 1, "seconds": float(np.float32(count / rate))}
+            assert reader.length(facts) == len(reader.tokens((wave, rate)).x), (rate, count)
+    assert reader.length({"size": 1}) is None
+
+
+def test_the_length_of_embedded_sounds_is_exact():
+    soundfile = pytest.importorskip("soundfile")
+    reader = AudioReader(frames=2, seconds=1.0)
+    for shard in ("sounds-test", "things-seen"):
+        with tarfile.open(place(f"embedded:{shard}-000.tar")) as tar:
+            contents = [tar.extractfile(m).read() for m in tar if m.name.endswith("ogg")]
+        for content in contents[:40]:
+            info = soundfile.info(io.BytesIO(content))
+            t = reader.tokens(reader.decode({"ogg": content}))
+            assert reader.length({"size": 1, "seconds": info.frames / info.samplerate}) == len(t.x)
+            assert t.position.dtype == torch.int32
+            assert t.x.dtype == torch.float16

@@ -1,4 +1,5 @@
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ import torch
 from PIL import Image as Pictures
 
 from headwater.datamodules.collate import collate
-from headwater.modalities.image import ImageReader
+from headwater.embedded import place
+from headwater.modalities.image import ImageReader, resize, rgb
 
 
 def picture(height=16, width=16, channels=3, seed=0):
@@ -18,6 +20,12 @@ def encoded(image, kind="png", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return {kind: file.getvalue()}
+
+
+def members(shard, extension):
+    """The bytes of every member of that kind in an embedded shard."""
+    with tarfile.open(place(f"embedded:{shard}-000.tar")) as tar:
+        return [tar.extractfile(m).read() for m in tar if m.name.endswith(f".{extension}")]
 
 
 def seen(reader, signal, view=None):
@@ -143,8 +151,104 @@ def test_a_view_is_a_crop_that_follows_its_seed():
 
 
 def test_strange_arrays_are_refused():
-    for wrong in (np.zeros((4, 4, 3)), np.zeros(4, np.uint8), np.zeros((4, 4, 7), np.uint8)):
+    wrong_shapes = [(4,), (4, 4, 7), (0, 4, 3), (2, 4, 4, 3)]
+    for wrong in (np.zeros((4, 4, 3)), *(np.zeros(shape, np.uint8) for shape in wrong_shapes)):
         with pytest.raises((ValueError, TypeError)):
             ImageReader(16).tokens(wrong)
     with pytest.raises(ValueError, match="multiple"):
         ImageReader(16, patch=5)
+
+
+def native(size=64, patch=8):
+    return ImageReader(size, patch, "native")
+
+
+@pytest.mark.parametrize("sides", [(300, 300), (480, 640), (640, 480), (37, 90), (100, 1000), (9, 3000), (3000, 1), (64, 64)])
+def test_native_keeps_the_shape_and_at_most_so_many_patches(sides):
+    t = native().tokens(picture(*sides))
+    rows, columns = (t.position[:, 1:].amax(0) + 1).tolist()
+    assert rows * columns == len(t.x) <= 64
+    scale = min(1, (64 / (sides[0] / 8 * sides[1] / 8)) ** 0.5)
+    exact = [n / 8 * scale for n in sides]
+    assert any(  # some scale, not above the exact one, rounds to this grid
+        all(abs(max(0.5, n * s) - k) <= 0.5 or k == 64 for n, k in zip(exact, (rows, columns))) for s in np.linspace(0.7, 1, 301)
+    )
+
+
+def test_native_pictures_are_filled_up_to_the_limit_where_they_are_large():
+    for height in range(90, 400, 17):
+        for width in range(90, 400, 23):
+            assert 44 <= native().length({"height": height, "width": width}) <= 64
+
+
+@pytest.mark.parametrize(
+    ("sides", "grid"), [((16, 24), (2, 3)), ((17, 27), (2, 3)), ((1, 1), (1, 1)), ((3, 30), (1, 4)), ((512, 8), (64, 1))]
+)
+def test_small_native_pictures_are_only_rounded_to_whole_patches(sides, grid):
+    t = native().tokens(picture(*sides))
+    assert tuple((t.position[:, 1:].amax(0) + 1).tolist()) == grid
+    if sides == (16, 24):
+        shown = native().restore(native().prepare(t.map(lambda f: f[None])))
+        assert np.array_equal(shown, picture(16, 24))
+
+
+def test_native_pictures_are_restored_from_their_positions_whatever_the_padding():
+    reader, signals = native(), [picture(16, 40, seed=1), picture(48, 24, seed=2), picture(64, 64, seed=3)]
+    ready = reader.prepare(collate([{"i": reader.tokens(s)} for s in signals], ["i"])["i"])
+    for i, signal in enumerate(signals):
+        assert np.array_equal(reader.restore(ready.map(lambda f, i=i: f[i : i + 1])), signal)
+
+
+@pytest.mark.parametrize("shape", ["pad", "crop", "native"])
+def test_the_length_is_known_before_decoding_and_a_view_does_not_change_it(shape):
+    reader = ImageReader(64, 8, shape)
+    generator = np.random.default_rng(0)
+    for height, width in generator.integers(1, 700, (60, 2)).tolist():
+        content = encoded(Pictures.new("RGB", (width, height)), "jpeg")
+        signal = reader.decode(content)
+        facts = {"size": 0, "height": height, "width": width}
+        assert reader.length(facts) == len(reader.tokens(signal).x) == len(reader.tokens(signal, torch.tensor(height)).x)
+    assert (reader.length({"size": 0}) is None) == (shape == "native")
+
+
+def test_the_length_of_embedded_pictures_is_exact():
+    for reader in (native(), native(32), ImageReader()):
+        for content in members("things-seen", "png"):
+            height, width = rgb(io.BytesIO(content)).shape[:2]
+            t = reader.tokens(reader.decode({"png": content}))
+            assert len(t.x) == reader.length({"size": len(content), "height": height, "width": width})
+
+
+def test_resizing_equals_pillow_to_a_level_or_two():
+    for sides, target in (((300, 225), (96, 72)), ((40, 50), (64, 80)), ((64, 64), (17, 33))):
+        expected = Pictures.fromarray(picture(*sides)).resize(target[::-1], Pictures.Resampling.BILINEAR)
+        assert abs(resize(picture(*sides), *target).astype(int) - np.asarray(expected)).max() <= 2
+
+
+def test_reading_never_writes_into_the_signal_nor_shares_its_memory():
+    for reader in (ImageReader(16), ImageReader(16, 16), native(16)):
+        frozen = picture()
+        frozen.flags.writeable = False
+        t = reader.tokens(frozen)
+        t.x.fill_(0)
+        assert np.array_equal(frozen, picture())
+
+
+def test_flipped_and_strided_arrays_are_read_as_they_look():
+    for signal in (picture()[::-1], picture(32, 32)[::2, ::2], picture(40, 24)[:, ::-1]):
+        assert torch.equal(ImageReader(16).tokens(signal).x, ImageReader(16).tokens(signal.copy()).x)
+
+
+@pytest.mark.parametrize("name", ["jpg", "png"])
+def test_a_jpeg_is_known_by_its_bytes_and_a_cut_one_is_refused(name):
+    content = encoded(Pictures.fromarray(picture(64, 64)), "jpeg")["jpeg"]
+    assert ImageReader(64).decode({name: content}).shape == (64, 64, 3)
+    with pytest.raises((ValueError, OSError)):
+        ImageReader(64).decode({name: content[:-200]})
+
+
+def test_stray_bytes_in_a_jpeg_are_forgiven():
+    content = encoded(Pictures.fromarray(picture(64, 64)), "jpeg")["jpeg"]
+    assert ImageReader(64).decode({"jpg": content + b"more"}).shape == (64, 64, 3)
+    scan = content.index(b"\xff\xda")
+    assert ImageReader(64).decode({"jpg": content[:scan] + b"stray" + content[scan:]}).shape == (64, 64, 3)

@@ -1,8 +1,11 @@
 import copy
 import pickle
+import tarfile
+from pathlib import Path
 
 import pytest
 
+from headwater.embedded import place
 from headwater.modalities.text import Text, TextReader
 from headwater.trunk import Trunk
 
@@ -64,3 +67,47 @@ def test_unusable_texts_and_tokenizers_are_refused():
         TextReader().decode({"txt": b"\xff\xfe"})
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         TextReader("none.json")
+
+
+@pytest.mark.parametrize("limit", [1, 5, 77])
+def test_the_length_of_bytes_follows_from_the_size(limit):
+    reader = TextReader(length=limit)
+    for text in ("a", "größer als 東京 🙂", "x" * 76, "x" * 77, "x" * 200):
+        content = text.encode()
+        assert reader.length({"size": len(content)}) == len(reader.tokens(text).x)
+        assert reader.length({"size": 0, "tokens-bytes": reader.count(content)}) == len(reader.tokens(text).x)
+    padded = b"  two words \n"
+    assert TextReader().length({"size": len(padded)}) == len(TextReader().tokens(padded.decode()).x) + 4  # an upper bound
+    assert TextReader().count(padded) == 9
+    assert TextReader().length({"size": 0}) == 0
+
+
+def test_the_length_in_a_tokenizer_needs_its_count(tokenizer):
+    reader = TextReader(tokenizer, length=4)
+    hint = f"tokens-{reader.digest}"
+    for text in ("red", "red boat", "red boat red boat red", " boat\n"):
+        count = reader.count(text.encode())
+        assert reader.length({"size": 99, hint: float(count)}) == len(reader.tokens(text).x)
+    assert reader.length({"size": 99, "words": 3, "tokens-bytes": 5}) is None
+
+
+def test_the_digest_is_of_the_tokenizers_content(tokenizer, tmp_path):
+    moved = tmp_path / "moved.json"
+    moved.write_bytes(Path(tokenizer).read_bytes())
+    assert TextReader(str(moved)).digest == TextReader(tokenizer).digest
+    assert pickle.loads(pickle.dumps(TextReader(tokenizer))).digest == TextReader(tokenizer).digest
+    moved.write_text(moved.read_text().replace("boat", "ship"))
+    assert TextReader(str(moved)).digest != TextReader(tokenizer).digest
+    assert TextReader().digest == "bytes"
+
+
+def test_only_strings_are_texts():
+    with pytest.raises(ValueError, match="int"):
+        TextReader().tokens(5)
+
+
+def test_the_length_of_embedded_texts_is_exact():
+    for reader in (TextReader(), TextReader(length=9)):
+        with tarfile.open(place("embedded:things-seen-000.tar")) as tar:
+            for content in (tar.extractfile(m).read() for m in tar if m.name.endswith(".txt")):
+                assert reader.length({"size": len(content)}) == len(reader.tokens(reader.decode({"txt": content})).x)

@@ -1,8 +1,14 @@
 """`headwater shard`: what goes in comes out of stock WebDataset, and nothing is lost in silence."""
 
 import csv
+import inspect
 import io
 import json
+import struct
+import subprocess
+import sys
+import zlib
+from functools import partial
 from pathlib import Path
 
 import av
@@ -12,6 +18,7 @@ import soundfile
 import webdataset
 from PIL import Image
 
+from headwater.datamodules.files import File
 from headwater.datamodules.index import load_index
 from headwater.tools.shard import shard
 
@@ -233,8 +240,8 @@ def test_index_beside_the_tar_reads_the_same_bytes(tree, tmp_path):
     shard(str(tree), str(tmp_path / "out"))
     tar = tmp_path / "out/train-00000.tar"
     assert (tmp_path / "out/train-00000.tar.idx").exists()
-    with tar.open("rb") as file:
-        assert load_index(tar).read(file.fileno(), 0)["txt"] == b"a cat & a dog"
+    with File(str(tar)) as file:
+        assert load_index(tar).read(file, 0)["txt"] == b"a cat & a dog"
 
 
 def test_overwrite_is_asked_for_and_removes_stale_shards(tree, tmp_path):
@@ -281,9 +288,6 @@ def test_errors_say_what_to_do(tmp_path, name, content, caption, message):
 
 
 def test_import_is_light():
-    import subprocess
-    import sys
-
     code = "import sys, headwater.tools.shard, headwater.tools.inspect; sys.exit(any(m in sys.modules for m in names))"
     code = f"names = ('torch', 'av', 'PIL'); {code}"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -297,4 +301,139 @@ def test_files_of_a_modality_of_ones_own_are_kept_on_request(tmp_path):
     shard(str(tmp_path / "in"), str(tmp_path / "out"), keep=".beats, csv")
     index = load_index(tmp_path / "out/train-00000.tar")
     assert set(index.extensions) == {"beats", "json", "txt"}
-    assert (index.size["beats"] == 7).all()
+    assert (index.sizes("beats") == 7).all()
+
+
+def test_lengths_go_into_the_index(tree, tmp_path):
+    video(tree / "sub/palette.mp4", frames=7)
+    shard(str(tree), str(tmp_path / "out"))
+    index = load_index(tmp_path / "out/train-00000.tar")
+    row = {name: float(values[1]) for name, values in index.hints.items()}
+    assert row == {
+        **{"jpg.width": pytest.approx(np.nan, nan_ok=True), "jpg.height": pytest.approx(np.nan, nan_ok=True)},
+        **{"png.width": 24, "png.height": 16, "txt.words": 2, "wav.seconds": pytest.approx(0.1), "npy.steps": 5},
+        **{"mp4.frames": 7, "mp4.seconds": pytest.approx(0.7), "mp4.fps": 10},
+    }
+    assert float(index.hints["jpg.width"][0]) == 24
+
+
+def test_shrunk_images_are_measured_as_they_are_written(tmp_path):
+    image(tmp_path / "in/large.png", size=(100, 50))
+    shard(str(tmp_path / "in"), str(tmp_path / "out"), size=40)
+    assert float(load_index(tmp_path / "out/train-00000.tar").hints["png.width"][0]) == 40
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that announces so many pixels and holds none."""
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_objects_and_pickles_are_refused_by_name(tree, tmp_path):
+    (tree / "large.png").write_bytes(bomb(10_000, 10_000))
+    (tree / "huge.png").write_bytes(bomb(100_000, 100_000))
+    np.save(tree / "objects.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    np.savez(tree / "many.npz", a=np.ones(3))
+    (tree / "many.npz").rename(tree / "many.npy")
+    (tree / "claims.npy").write_bytes(
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }" + b" " * 50
+    )
+    for extension in ("pkl", "pickle", "pyd", "pth", "pt", "joblib"):
+        (tree / f"model.{extension}").write_bytes(b"\x80\x04.")
+    shard(str(tree), str(tmp_path / "out"))
+    found = skips(tmp_path / "out")
+    assert "10000x10000 are 100 million pixels; expected at most 89 million" in found["large.png"]
+    assert "decompression bomb" in found["huge.png"]
+    assert "an array of Python objects" in found["objects.npy"]
+    assert {"many.npy", "claims.npy"} <= found.keys()
+    assert all("a pickle runs code" in found[f"model.{extension}"] for extension in ("pkl", "pickle", "pyd", "pth", "pt", "joblib"))
+    assert len(read(tmp_path / "out")) == 3
+    with pytest.raises(SystemExit, match=r"found --keep pkl; a pickle runs code"):
+        shard(str(tree), str(tmp_path / "more"), keep="beats,.PKL")
+
+
+def test_semicolons_are_seen(tmp_path, capsys):
+    image(tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text('path;caption;score\na.png;"one; two";1,5\n')
+    shard(str(tmp_path / "m.csv"), str(tmp_path / "out"))
+    (sample,) = read(tmp_path / "out")
+    assert sample["txt"] == b"one; two"
+    assert json.loads(sample["json"])["score"] == "1,5"
+    assert "CSV manifest with semicolons, file columns: path" in capsys.readouterr().out
+
+
+def test_a_manifest_without_caption_says_so_in_the_table(tmp_path, capsys):
+    image(tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("path,words\na.png,one\n")
+    shard(str(tmp_path / "m.csv"), str(tmp_path / "out"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no column is the caption" in printed
+    assert "txt" not in read(tmp_path / "out")[0]
+
+
+def test_a_stopped_run_is_started_anew_without_asking(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for number in range(4):
+        image(source / f"{number}.png")
+    code = "import os, headwater.tools.splits as s; old = s.ShardWriter.close; n = []\n"
+    code += "def close(self):\n    old(self); n.append(1)\n    if len(n) == 2: os.kill(os.getpid(), 9)\n"
+    code += "s.ShardWriter.close = close\nfrom headwater.tools.shard import shard\n"
+    code += f"shard({str(source)!r}, {str(out)!r}, samples=1)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == -9
+    assert len(list(out.glob("*.tar"))) == 2
+    shard(str(source), str(out))
+    assert len(list(out.glob("*.tar"))) == 1
+    assert len(read(out)) == 4
+    with pytest.raises(SystemExit, match="holds 1 shards"):
+        shard(str(source), str(out))
+
+
+def made(number: int) -> dict[str, bytes]:
+    if number == 2:
+        raise ValueError("the wrist camera is missing")
+    return {"txt": b"made", "json": b'{"steps": 3, "far": NaN}', "wrist.png": bomb(1, 1)} if number else {"txt": b"made"}
+
+
+def test_members_that_are_made_headers_and_reports(tmp_path, monkeypatch, capsys):
+    """What the readers of robot episodes rely on."""
+    import headwater.tools.lerobot as lerobot
+    from headwater.tools.sources import Found, Sample
+
+    asked = []
+
+    def read_lerobot(root: Path, allow_misaligned: bool) -> Found:
+        asked.append(allow_misaligned)
+        samples = [Sample(f"e{n}", {}, {}, {"arm": "left", "steps": 4}, partial(made, n), "test" if n else "") for n in range(3)]
+        return Found("episodes", samples, [], header={"fps": 10}, report=["3 episodes, 1 misaligned"])
+
+    monkeypatch.setattr(lerobot, "matches_lerobot", lambda root: True)
+    monkeypatch.setattr(lerobot, "read_lerobot", read_lerobot)
+    (tmp_path / "in").mkdir()
+    with pytest.raises(SystemExit, match="splits of its own: test"):
+        shard(str(tmp_path / "in"), str(tmp_path / "out"), train=0.5)
+    monkeypatch.setitem(made.__globals__, "bomb", lambda *size: image(tmp_path / "x.png").read_bytes())
+    shard(str(tmp_path / "in"), str(tmp_path / "out"), allow_misaligned=True)
+    assert asked == [False, True]
+    (first,), (second,) = read(tmp_path / "out"), read(tmp_path / "out", "test")
+    assert json.loads(first["json"]) == {"arm": "left", "steps": 4, "source": "e0"}
+    assert json.loads(second["json"]) == {"arm": "left", "steps": 4, "far": None, "source": "e1"}
+    index = load_index(tmp_path / "out/test-00000.tar")
+    assert index.card.header == {"fps": 10}
+    assert float(index.hints["wrist.png.width"][0]) == 24
+    assert skips(tmp_path / "out") == {"e2": "the wrist camera is missing"}
+    assert "3 episodes, 1 misaligned" in capsys.readouterr().out
+
+
+def test_the_command_line_reaches_every_option(tree, tmp_path, capsys):
+    from headwater.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["shard", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in [*inspect.signature(shard).parameters][2:] if name != "fetch")
+    assert "--fetch.per_host" in shown
+    main(["shard", str(tree), str(tmp_path / "out"), "--fetch.threads", "2", "--allow_misaligned", "--train", "1"])
+    assert len(read(tmp_path / "out")) == 3
