@@ -62,8 +62,7 @@ class Stream:
         return sample, faults
 
     def _named(self, members: dict[str, Any]) -> dict[str, Any]:
-        renamed = {e: members[m] for e, m in self.rename.items() if m in members}
-        return {**members, **renamed} if renamed else members
+        return {**members, **{e: members[m] for e, m in self.rename.items() if m in members}} if self.rename else members
 
 
 class Interleaved(Stream):
