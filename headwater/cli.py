@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib import import_module
 from importlib.resources import files
+from inspect import signature
 
 TRAINING = {
     "fit": "Train a model by a recipe, evaluate it and export its backbone",
@@ -14,7 +16,12 @@ TRAINING = {
     "predict": "Run a checkpoint over the held-out parts and write the pooled features",
 }
 COMMANDS = {
-    "shard": ("headwater.tools.shard:shard", "Make WebDataset shards from a folder tree, an image folder or a manifest"),
+    "shard": ("headwater.tools.shard:shard", "Make WebDataset shards from folders, manifests, films, corpora, data sets or robot episodes"),
+    "index": ("headwater.tools.index_shards:index_shards", "Make the index beside every shard, with a hash of every member"),
+    "verify": ("headwater.tools.verify:verify", "Check every member of shards against its hash, and decode it with --decode"),
+    "reshard": ("headwater.tools.reshard:reshard", "Cut shards anew by number, size, key or split, at constant memory"),
+    "merge": ("headwater.tools.merge:merge", "Make one set of shards of several sets, at constant memory"),
+    "stats": ("headwater.tools.stats:stats", "Print what the indices of shards tell, without reading the shards"),
     "inspect": ("headwater.tools.inspect:inspect", "Print what shards hold, and draw it as a page with --html"),
     "recipes": ("headwater.tools.recipes:recipes", "List the recipes that ship with the package"),
 }
@@ -61,7 +68,20 @@ def call(given: list[str]) -> None:
     from jsonargparse import auto_cli
 
     module, _, name = COMMANDS[given[0]][0].partition(":")
-    auto_cli(getattr(import_module(module), name), args=spell_out(given[1:]), as_positional=True, prog=f"headwater {given[0]}")
+    function = getattr(import_module(module), name)
+    words = spell_out(given[1:])
+    first = next(iter(signature(function).parameters.values()), None)
+    several = first is not None and str(first.annotation).startswith("list")
+    auto_cli(function, args=listed(words) if several else words, as_positional=True, prog=f"headwater {given[0]}")
+
+
+def listed(given: list[str]) -> list[str]:
+    """All bare words but the last as one list: `A B OUT` is `["A", "B"] OUT`. A word after --option is the option's."""
+    taken = [i > 0 and given[i - 1].startswith("--") and "=" not in given[i - 1] for i in range(len(given))]
+    bare = [one for one, after in zip(given, taken) if not after and not one.startswith("-")]
+    options = [one for one, after in zip(given, taken) if after or one.startswith("-")]
+    sets = max(1, len(bare) - 1)
+    return [json.dumps(bare[:sets]), *bare[sets:], *options] if bare else given
 
 
 def spell_out(given: list[str]) -> list[str]:

@@ -194,7 +194,9 @@ def braces(pattern: str) -> list[str]:
 
 def _local(one: str) -> list[str]:
     one = os.path.expanduser(one.removeprefix("file://"))
-    return sorted(glob.glob(os.path.join(glob.escape(one), "*.tar"))) if os.path.isdir(one) else sorted(glob.glob(one)) or [one]
+    if os.path.isdir(one):
+        return sorted(glob.glob(os.path.join(glob.escape(one), "*.tar")))
+    return [path for path in sorted(glob.glob(one)) if not path.endswith((".idx", ".partial"))] or [one]
 
 
 def _remote(one: str) -> list[str]:

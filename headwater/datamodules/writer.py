@@ -42,8 +42,9 @@ class ShardWriter:
         for extension, content in members.items():
             if len(content) > LARGEST:
                 raise ValueError(f"{key}.{extension} has {len(content)} bytes; expected at most {LARGEST}. Cut it into samples")
-            self._file.write(header(f"{key}.{extension}", len(content)))
-            self._place += BLOCK
+            head = header(f"{key}.{extension}", len(content))
+            self._file.write(head)
+            self._place += len(head)  # a long name takes blocks of its own
             row.members.append((extension.lower(), self._place, len(content), content_hash(content)))
             self._file.write(content)
             padding = -len(content) % BLOCK

@@ -37,7 +37,7 @@ def shard(
     gop: int = 8,
     allow_misaligned: bool = False,
 ) -> None:
-    """Make WebDataset shards from a folder tree, an image folder or a manifest.
+    """Make WebDataset shards from folders, manifests, films, corpora, data sets or robot episodes.
 
     Hidden files are left out. Files that do not decode are skipped, named and listed in out/skipped.jsonl.
 

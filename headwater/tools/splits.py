@@ -68,7 +68,6 @@ def place(name: str) -> float:
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / (1 << 32)
 
 
-_place = place  # reshard.py knows it by this name
 
 
 def _loaded(samples: list[Sample], size: int | None) -> Iterator[tuple[Sample, Loaded | Skip]]:
