@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from headwater.tools.corpora import matches_common_voice, matches_librispeech, read_common_voice, read_librispeech
+from headwater.tools.ingest.corpora import matches_common_voice, matches_librispeech, read_common_voice, read_librispeech
 from headwater.tools.decode import KIND, PICKLES
-from headwater.tools.fetch import FETCH, Fetch, clear, fetch_all
-from headwater.tools.hf_datasets import matches_saved, read_saved
-from headwater.tools.manifests import MANIFESTS, NO_CAPTION, Get, read_manifest
-from headwater.tools.sources import Found, read_folder, show
-from headwater.tools.splits import SPLITS, Written, shards_in, write
+from headwater.tools.ingest.fetch import FETCH, Fetch, clear, fetch_all
+from headwater.tools.ingest.hf_datasets import matches_saved, read_saved
+from headwater.tools.ingest.manifests import MANIFESTS, NO_CAPTION, Get, read_manifest
+from headwater.tools.ingest.sources import Found, read_folder, show
+from headwater.tools.ingest.splits import SPLITS, Written, shards_in, write
 
 HDF5 = (".h5", ".hdf5")
 UNFINISHED = "unfinished"  # lies in the output while shards are written
@@ -72,7 +72,7 @@ def shard(
     found = _read(root, folder, caption, extensions, _listed(url), get, allow_misaligned)
     fetched = any(folder / "fetched" in path.parents for sample in found.samples for path in sample.files.values())
     if clip is not None:
-        from headwater.tools.films import cut_films
+        from headwater.tools.ingest.films import cut_films
 
         found = cut_films(found, clip, size, gop)
     console.print(f"{show(root)}: {found.kind}, {len(found.samples)} samples found")
@@ -126,7 +126,7 @@ def _read(root: Path, out: Path, caption: str | None, keep: list[str], url: list
         return read_saved(root, caption)
     if caption is not None:
         raise SystemExit(f"--caption {caption} names a column but {root} has none; leave it out, or give a manifest")
-    from headwater.tools.lerobot import matches_lerobot, read_lerobot
+    from headwater.tools.ingest.lerobot import matches_lerobot, read_lerobot
 
     if matches_common_voice(root):
         return read_common_voice(root)
@@ -135,7 +135,7 @@ def _read(root: Path, out: Path, caption: str | None, keep: list[str], url: list
     if matches_lerobot(root):
         return read_lerobot(root, allow_misaligned)
     if matches_hdf5(root):
-        from headwater.tools.hdf5 import read_hdf5
+        from headwater.tools.ingest.hdf5 import read_hdf5
 
         return read_hdf5(root, allow_misaligned)
     return read_folder(root, out, keep)

@@ -133,11 +133,11 @@ def test_sets_stay_apart_and_keys_choose(real):
 
 
 def test_split_by_a_hash_of_the_key_as_shard_does(real):
-    from headwater.tools.splits import _place
+    from headwater.tools.ingest.splits import place
 
     reshard("things", "new", split="train=0.8,validation=0.2")
     train, validation = samples("new/train-*.tar"), samples("new/validation-*.tar")
-    assert {key for key, *_ in train} == {key for key, *_ in samples("things") if _place(key) < 0.8}
+    assert {key for key, *_ in train} == {key for key, *_ in samples("things") if place(key) < 0.8}
     assert sorted(train + validation, key=lambda sample: sample[0]) == sorted(samples("things"), key=lambda sample: sample[0])
     assert 0.7 < len(train) / 250 < 0.9
     reshard("things/things-seen-*.tar", "fewer", split="train=0.8,validation=0.2")

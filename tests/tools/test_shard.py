@@ -378,7 +378,7 @@ def test_a_stopped_run_is_started_anew_without_asking(tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     for number in range(4):
         image(source / f"{number}.png")
-    code = "import os, headwater.tools.splits as s; old = s.ShardWriter.close; n = []\n"
+    code = "import os, headwater.tools.ingest.splits as s; old = s.ShardWriter.close; n = []\n"
     code += "def close(self):\n    old(self); n.append(1)\n    if len(n) == 2: os.kill(os.getpid(), 9)\n"
     code += "s.ShardWriter.close = close\nfrom headwater.tools.shard import shard\n"
     code += f"shard({str(source)!r}, {str(out)!r}, samples=1)"
@@ -399,8 +399,8 @@ def made(number: int) -> dict[str, bytes]:
 
 def test_members_that_are_made_headers_and_reports(tmp_path, monkeypatch, capsys):
     """What the readers of robot episodes rely on."""
-    import headwater.tools.lerobot as lerobot
-    from headwater.tools.sources import Found, Sample
+    import headwater.tools.ingest.lerobot as lerobot
+    from headwater.tools.ingest.sources import Found, Sample
 
     asked = []
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 from rich.progress import Progress
 
 from headwater.tools.decode import KIND, extension_of, in_bytes
-from headwater.tools.download import Fault, content, path_of, store
-from headwater.tools.ledger import PERMANENT, TRANSIENT, Entry, Ledger
-from headwater.tools.signatures import HEAD, extension_by_content
-from headwater.tools.turns import Turns
+from headwater.tools.ingest.download import Fault, content, path_of, store
+from headwater.tools.ingest.ledger import PERMANENT, TRANSIENT, Entry, Ledger
+from headwater.tools.ingest.signatures import HEAD, extension_by_content
+from headwater.tools.ingest.turns import Turns
 
 
 @dataclass(frozen=True)

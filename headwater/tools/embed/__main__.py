@@ -1,4 +1,4 @@
-"""Build the shards that ship inside the package: `python -m headwater.tools.embedded --sources DIR --out headwater/embedded`.
+"""Build the shards that ship inside the package: `python -m headwater.tools.embed --sources DIR --out headwater/embedded`.
 
 Anyone gets the same sources, in the layout that DIR must have, with
 
@@ -29,7 +29,7 @@ import numpy as np
 from headwater.datamodules.index import load_index
 from headwater.datamodules.writer import ShardWriter
 from headwater.tools import rollouts, speech, things
-from headwater.tools.embedded_notice import notice
+from headwater.tools.embed.notice import notice
 
 EMOJI, DRAWINGS, SEEN, UNSEEN, SPOKEN, EPISODES, TEST_EPISODES = 460, 90, 160, 90, 160, 380, 90
 SPEECH_BITS, SOUND_BITS = 10_000, 20_000

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headwater.tools.decode import KIND, extension_of
-from headwater.tools.manifests import CAPTIONS
-from headwater.tools.signatures import HEAD, extension_by_content
-from headwater.tools.sources import Found, Sample, prefix_of
-from headwater.tools.splits import split_of
+from headwater.tools.ingest.manifests import CAPTIONS
+from headwater.tools.ingest.signatures import HEAD, extension_by_content
+from headwater.tools.ingest.sources import Found, Sample, prefix_of
+from headwater.tools.ingest.splits import split_of
 
 SPOKEN = ("sentence", "transcription", "transcript")  # what data sets of speech call their texts
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import headwater
 from headwater.tools.shard import shard
-from headwater.tools.splits import split_of
+from headwater.tools.ingest.splits import split_of
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()

@@ -12,7 +12,7 @@ import soundfile
 import webdataset
 
 import headwater
-from headwater.tools.corpora import read_common_voice, read_librispeech
+from headwater.tools.ingest.corpora import read_common_voice, read_librispeech
 from headwater.tools.shard import shard
 
 EMBEDDED = Path(headwater.__file__).parent / "embedded"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headwater.tools.slots import Slot, numbered, slots_of
-from headwater.tools.splits import split_of
+from headwater.tools.ingest.slots import Slot, numbered, slots_of
+from headwater.tools.ingest.splits import split_of
 
 ACTIONS = ("actions", "action")
 OBSERVATIONS = ("obs", "observations")

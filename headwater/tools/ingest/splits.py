@@ -15,8 +15,8 @@ from typing import NamedTuple
 from rich.progress import track
 
 from headwater.datamodules.writer import ShardWriter
-from headwater.tools.members import Loaded, load
-from headwater.tools.sources import Found, Sample, Skip
+from headwater.tools.ingest.members import Loaded, load
+from headwater.tools.ingest.sources import Found, Sample, Skip
 
 SPLITS = ("train", "validation", "test")
 KNOWN = re.compile(r"(train(ing)?|dev(elopment)?|val(id|idation)?|eval(uation)?|test(ing)?)(?![a-z])")
@@ -66,8 +66,6 @@ def write(found: Found, out: Path, samples: int, train: float, size: int | None,
 def place(name: str) -> float:
     """From 0 to 1 by a hash: a sample keeps its split when others are added, and captions of one file stay together."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / (1 << 32)
-
-
 
 
 def _loaded(samples: list[Sample], size: int | None) -> Iterator[tuple[Sample, Loaded | Skip]]:

@@ -13,11 +13,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from headwater.tools.decode import array_of
-from headwater.tools.hdf5 import read_hdf5
-from headwater.tools.members import load
+from headwater.tools.ingest.hdf5 import read_hdf5
+from headwater.tools.ingest.members import load
 
 h5py = pytest.importorskip("h5py")
-PENDULUM = Path(__file__).parents[1] / "fixtures" / "lerobot" / "v21"
+PENDULUM = Path(__file__).parents[2] / "fixtures" / "lerobot" / "v21"
 
 
 def film(number: int, camera: str = "front") -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TEXT = """# Data in this folder
 
-Small real shards in plain WebDataset tars, made by `python -m headwater.tools.embedded`; this file is written by the same
+Small real shards in plain WebDataset tars, made by `python -m headwater.tools.embed`; this file is written by the same
 run. Pictures were re-encoded (at most 64 x 64, drawings cropped, most reduced to a palette of 32 colours), sounds resampled
 to 16 kHz mono, cut and compressed with Opus.
 

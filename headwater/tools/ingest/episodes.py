@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from headwater.tools.alignment import Alignment, Picked, check, pick
-from headwater.tools.frames import encode
-from headwater.tools.slots import Slot, Statistics, align, distinct, union
-from headwater.tools.sources import Found, Sample, Skip
+from headwater.tools.ingest.alignment import Alignment, Picked, check, pick
+from headwater.tools.ingest.frames import encode
+from headwater.tools.ingest.slots import Slot, Statistics, align, distinct, union
+from headwater.tools.ingest.sources import Found, Sample, Skip
 
 UNEVEN = 1.0  # ms; steps that are less even keep their times in .time.npy
 NOMINAL = 30.0  # frames per second of clips whose source tells no rate

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 import headwater
-from headwater.tools.films import cuts
+from headwater.tools.ingest.films import cuts
 from headwater.tools.shard import shard
 
 EMBEDDED = Path(headwater.__file__).parent / "embedded"

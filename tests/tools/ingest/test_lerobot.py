@@ -17,11 +17,11 @@ from pyarrow import parquet
 
 from headwater.datamodules.index import load_index
 from headwater.tools.decode import array_of
-from headwater.tools.lerobot import matches_lerobot, read_lerobot
-from headwater.tools.members import load
+from headwater.tools.ingest.lerobot import matches_lerobot, read_lerobot
+from headwater.tools.ingest.members import load
 from headwater.tools.shard import shard
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "lerobot"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "lerobot"
 LENGTHS = [25, 21, 28]
 CAMERAS = {"front.mp4": "observation.images.front", "hub.mp4": "observation.images.hub"}
 

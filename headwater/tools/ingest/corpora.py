@@ -6,9 +6,9 @@ from itertools import combinations
 from pathlib import Path
 
 from headwater.tools.decode import KIND, extension_of
-from headwater.tools.manifests import table_rows
-from headwater.tools.sources import Found, Sample, Skip, show
-from headwater.tools.splits import split_of
+from headwater.tools.ingest.manifests import table_rows
+from headwater.tools.ingest.sources import Found, Sample, Skip, show
+from headwater.tools.ingest.splits import split_of
 
 TABLES = ("train", "dev", "test")
 

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from headwater.tools.frames import GOP, cut, encode, times
+from headwater.tools.ingest.frames import GOP, cut, encode, times
 
 
 def moving(count: int, height: int = 48, width: int = 64) -> np.ndarray:

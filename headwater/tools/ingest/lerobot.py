@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headwater.tools.episodes import Episode, Rows, gather
-from headwater.tools.frames import cut, times
-from headwater.tools.lerobot_meta import CLOCK, STARTS, Dataset, load, notes, roots, slots, split
-from headwater.tools.sources import Found, Skip, show
+from headwater.tools.ingest.episodes import Episode, Rows, gather
+from headwater.tools.ingest.frames import cut, times
+from headwater.tools.ingest.lerobot_meta import CLOCK, STARTS, Dataset, load, notes, roots, slots, split
+from headwater.tools.ingest.sources import Found, Skip, show
 
 
 class Stretch(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from headwater.tools.decode import KIND, describe, extension_of
 from headwater.tools.lengths import measure
-from headwater.tools.sources import Sample, Skip, show
+from headwater.tools.ingest.sources import Sample, Skip, show
 
 
 class Loaded(NamedTuple):

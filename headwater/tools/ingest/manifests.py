@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headwater.tools.decode import KIND, extension_of
-from headwater.tools.fetch import Fetched
-from headwater.tools.sources import Found, Sample, Skip, prefix_of, show, unknown
+from headwater.tools.ingest.fetch import Fetched
+from headwater.tools.ingest.sources import Found, Sample, Skip, prefix_of, show, unknown
 
 CAPTIONS = ("caption", "text", "title", "label")
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")

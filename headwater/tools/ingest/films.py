@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headwater.tools.decode import KIND, bounded, extension_of
-from headwater.tools.sources import Found, Sample, Skip, show
+from headwater.tools.ingest.sources import Found, Sample, Skip, show
 
 BESIDE = ("text", "json")  # kinds that go with a film to all its clips
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from headwater.tools.episodes import Episode, Rows, gather
-from headwater.tools.hdf5_layout import About, Layout, about, content, groups, layout_of, splits
-from headwater.tools.sources import Found, Skip, show
+from headwater.tools.ingest.episodes import Episode, Rows, gather
+from headwater.tools.ingest.hdf5_layout import About, Layout, about, content, groups, layout_of, splits
+from headwater.tools.ingest.sources import Found, Skip, show
 
 SUFFIXES = (".hdf5", ".h5")
 BLOCK = 32  # raw pictures that are read at a time

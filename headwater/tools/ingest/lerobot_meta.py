@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headwater.tools.slots import Slot, numbered, slots_of
-from headwater.tools.sources import show
-from headwater.tools.splits import split_of
+from headwater.tools.ingest.slots import Slot, numbered, slots_of
+from headwater.tools.ingest.sources import show
+from headwater.tools.ingest.splits import split_of
 
 STARTS = {"action": "action", "state": "observation.state"}
 CLOCK = ("timestamp", "frame_index", "index", "task_index", "episode_index")

@@ -1,0 +1,1 @@
+"""Make the shards that ship inside the package."""
