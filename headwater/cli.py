@@ -16,7 +16,7 @@ TRAINING = {
     "predict": "Run a checkpoint over the held-out parts and write the pooled features",
 }
 COMMANDS = {
-    "shard": ("headwater.tools.shard:shard", "Make WebDataset shards from folders, manifests, films, corpora, data sets or robot episodes"),
+    "shard": ("headwater.tools.shard:shard", "Make WebDataset shards from folders, manifests, films, corpora, data sets or robots"),
     "index": ("headwater.tools.index_shards:index_shards", "Make the index beside every shard, with a hash of every member"),
     "verify": ("headwater.tools.verify:verify", "Check every member of shards against its hash, and decode it with --decode"),
     "reshard": ("headwater.tools.reshard:reshard", "Cut shards anew by number, size, key or split, at constant memory"),

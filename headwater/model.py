@@ -32,7 +32,10 @@ class Reader(Described):
     def member(self, names: Iterable[str]) -> str | None:
         """The member among `names` that this reader would read, or None."""
         held = names if isinstance(names, dict) else set(names)
-        return next((e for e in self.extensions if e in held), None)
+        for extension in self.extensions:  # asked several times per sample
+            if extension in held:
+                return extension
+        return None
 
     def decode(self, members: dict[str, bytes]) -> Signal:
         """Worker: bytes -> native array or str. Raises ValueError or the decoder's own error when it cannot."""

@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,18 +47,25 @@ def seed_of(*numbers: int) -> int:
     return seed & (_WORD >> 1)
 
 
-def seeds_of(*numbers: Tensor | int) -> Tensor:
-    """The same for whole columns: int64 tensors and integers, broadcast."""
-    seed = torch.zeros((), dtype=torch.int64)
+def seeds_of(*numbers: np.ndarray | int) -> np.ndarray:
+    """The same for whole columns: (K,) integers, or one for all -> (K,) int64."""
+    seed = np.zeros(1, np.uint64)
     for number in numbers:
-        seed = fold(seed, number)
-    return seed & (_WORD >> 1)
+        other = _mix_array(np.atleast_1d(np.asarray(number, np.int64)).astype(np.uint64) * np.uint64(_GOLDEN & _WORD))
+        seed = _mix_array((seed + np.uint64(1)) * np.uint64(_GOLDEN & _WORD) + other)
+    return (seed & np.uint64(_WORD >> 1)).astype(np.int64)
 
 
 def _mix_int(x: int) -> int:
     x = (x ^ x >> 30) * _FIRST & _WORD
     x = (x ^ x >> 27) * _SECOND & _WORD
     return x ^ x >> 31
+
+
+def _mix_array(x: np.ndarray) -> np.ndarray:
+    x = (x ^ x >> np.uint64(30)) * np.uint64(_FIRST & _WORD)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(_SECOND & _WORD)
+    return x ^ x >> np.uint64(31)
 
 
 def uniform(seed: Tensor, shape: Sequence[int], name: str) -> Tensor:

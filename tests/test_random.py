@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,3 +70,10 @@ def test_token_seeds_follow_the_sample_through_packing_and_padding():
     a, b = random.token_seed(seed, rows), random.token_seed(seed, packed)[0]
     assert torch.equal(b, torch.cat([a[0, :3], a[2, :2], a[1]]))
     assert a.unique().numel() == 12
+
+
+def test_seeds_of_columns_are_those_of_each_number():
+    columns = [np.array([0, 5, 2**40 + 3]), np.array([1, 0, 9])]
+    found = random.seeds_of(7, columns[0], 3, columns[1])
+    assert found.tolist() == [random.seed_of(7, a, 3, b) for a, b in zip(*(c.tolist() for c in columns))]
+    assert random.seeds_of(1, 2).tolist() == [random.seed_of(1, 2)]

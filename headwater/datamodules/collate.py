@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from headwater.tokens import Tokens
 
@@ -26,19 +27,13 @@ def _alone(samples: Sequence[Sample], name: str) -> Tokens:
     """One sample per row."""
     found = [sample.get(name) for sample in samples]
     model = _model([t for t in found if t is not None], name)
-    lengths = [0 if t is None else len(t.position) for t in found]
+    lengths = [0 if t is None else t.position.shape[0] for t in found]
     length = max(lengths)
 
     def column(field: str) -> Tensor:
-        parts = [None if t is None else getattr(t, field) for t in found]
-        if min(lengths) == length:  # nothing to fill
-            return torch.stack(parts)  # type: ignore[arg-type]
-        like = getattr(model, field)
-        out = torch.zeros(len(parts), length, *like.shape[1:], dtype=like.dtype)
-        for row, part in zip(out, parts, strict=True):
-            if part is not None:
-                row[: len(part)] = part
-        return out
+        nothing = getattr(model, field)[:0]
+        parts = [nothing if t is None else getattr(t, field) for t in found]
+        return torch.stack(parts) if min(lengths) == length else pad_sequence(parts, batch_first=True)
 
     valid = torch.arange(length) < torch.tensor(lengths)[:, None]
     return Tokens(column("x"), column("position"), valid, None, None if model.order is None else column("order"))
@@ -46,18 +41,22 @@ def _alone(samples: Sequence[Sample], name: str) -> Tokens:
 
 def _packed(samples: Sequence[Sample], rows: Rows, name: str) -> Tokens:
     """Several samples per row; document = the number of the sample in the batch."""
-    pieces = [[(s, samples[s][name]) for s in row if name in samples[s]] for row in rows]
-    model = _model([t for row in pieces for _, t in row], name)
-    length = max(sum(len(t.position) for _, t in row) for row in pieces)
+    found = [[(s, samples[s][name]) for s in row if name in samples[s]] for row in rows]
+    pieces = [t for row in found for _, t in row]
+    model = _model(pieces, name)
+    lengths = torch.tensor([t.position.shape[0] for t in pieces])
+    sizes = [sum(t.position.shape[0] for _, t in row) for row in found]
+
+    def in_rows(flat: Tensor) -> Tensor:
+        return pad_sequence(flat.split(sizes), batch_first=True)  # type: ignore[arg-type]
 
     def joined(field: str) -> Tensor:
-        return _pad([[getattr(t, field) for _, t in row] for row in pieces], length, getattr(model, field))
+        return in_rows(torch.cat([getattr(t, field) for t in pieces]))
 
-    real = [[torch.ones(len(t.position), dtype=torch.bool) for _, t in row] for row in pieces]
-    owner = [[torch.full((len(t.position),), s) for s, t in row] for row in pieces]
-    valid = _pad(real, length, torch.ones(0, dtype=torch.bool))
-    last = torch.tensor([row[-1][0] if row else 0 for row in pieces])  # padding belongs to the last document: unbroken runs
-    document = torch.where(valid, _pad(owner, length, torch.zeros(0, dtype=torch.int64)), last[:, None])
+    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    owner = in_rows(torch.tensor([s for row in found for s, _ in row]).repeat_interleave(lengths))
+    last = torch.tensor([row[-1][0] if row else 0 for row in found])  # padding belongs to the last document: unbroken runs
+    document = torch.where(valid, owner, last[:, None])
     return Tokens(joined("x"), joined("position"), valid, document, None if model.order is None else joined("order"))
 
 
@@ -69,14 +68,3 @@ def _model(found: Sequence[Tokens], name: str) -> Tokens:
             f"some samples of {name} have an order and some have none; give such sources steps of their own (unit: batch)"
         )
     return found[0]
-
-
-def _pad(rows: list[list[Tensor]], length: int, like: Tensor) -> Tensor:
-    """Pieces joined along N and filled with zeros: (rows, length, ...)."""
-    out = torch.zeros(len(rows), length, *like.shape[1:], dtype=like.dtype)
-    for target, pieces in zip(out, rows, strict=True):
-        start = 0
-        for piece in pieces:
-            target[start : start + len(piece)] = piece
-            start += len(piece)
-    return out

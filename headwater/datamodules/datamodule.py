@@ -20,7 +20,8 @@ from headwater.datamodules.files import expand, is_remote
 from headwater.datamodules.mixture import Ledger, Mode, shares
 from headwater.datamodules.plan import Arrange, Last, Plan, Unit
 from headwater.datamodules.shards import ShardDataset
-from headwater.datamodules.sources import Source, open_source
+from headwater.datamodules.sources import Source
+from headwater.datamodules.stream_source import open_source
 from headwater.embedded import place
 from headwater.model import Reader
 from headwater.tokens import Tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from headwater.datamodules.collate import Sample, collate
 from headwater.datamodules.plan import Plan, Step
 from headwater.datamodules.sources import Read
 from headwater.datamodules.streams import join
+from headwater.tokens import Tokens
 
+SMALL = 1 << 16  # bytes
 NOBODY = -1  # the number of the row that stands in on a rank without samples
 
 
@@ -74,5 +76,31 @@ class ShardDataset(IterableDataset):
         torch.set_num_threads(1) if worker else None
         step = self.first + number
         while self.steps is None or step < self.steps:
-            yield self.batch(step)
+            yield Parcel(self.batch(step)) if worker else self.batch(step)
             step += workers
+
+
+class Parcel(dict):
+    """A batch on its way out of a worker; on the other side it is a plain dict.
+
+    A tensor in shared memory costs a file descriptor and several system calls, so small ones travel inside the message.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, ({name: _each(value, _shrunk) for name, value in self.items()},)
+
+
+def _opened(parcel: dict[str, Any]) -> dict[str, Any]:
+    return {name: _each(value, _grown) for name, value in parcel.items()}
+
+
+def _each(value: Any, f: Callable[[Any], Any]) -> Any:
+    return Tokens(*map(f, value)) if isinstance(value, Tokens) else f(value)
+
+
+def _shrunk(value: Any) -> Any:
+    return value.numpy() if isinstance(value, torch.Tensor) and value.numel() * value.element_size() <= SMALL else value
+
+
+def _grown(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

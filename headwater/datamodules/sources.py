@@ -1,26 +1,23 @@
-"""Named streams of samples: shards with an index, read in any order, and streams that can only be read on and on."""
+"""Named sources of samples: shards with an index, read in any order."""
 
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
-from headwater import distributed, random
+from headwater import random
 from headwater.datamodules.collate import Sample
 from headwater.datamodules.files import Cache, File, expand, filesystem, insist, is_remote
-from headwater.datamodules.index import Card, ShardIndex, content_hash, fits, load_card, load_index
+from headwater.datamodules.index import Card, ShardIndex, fits, load_card, load_index
 from headwater.datamodules.order import Order, Places
 from headwater.datamodules.streams import Stream
 from headwater.model import Reader
@@ -102,14 +99,14 @@ class OpenSource:
         if self.cache and len(index):
             self._fetch_ahead(int(index[0]))
         numbers = (self.number << 40) + self.order.before[places.shard] + places.row
-        columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in places]
-        seeds = random.seeds_of(self.seed, columns[0], self.number, *columns[1:])
-        views = {name: random.fold(seeds, name) for name in self.source.views or ()}
+        seeds = random.seeds_of(self.seed, places.epoch, self.number, places.shard, places.row)
+        views = {name: random.fold(torch.from_numpy(seeds), name) for name in self.source.views or ()}
         found = self._contents(places)
         out = []
-        for k, (number, seed) in enumerate(zip(numbers.tolist(), seeds.tolist())):
+        columns = (numbers.tolist(), seeds.tolist(), places.shard.tolist(), places.row.tolist())
+        for k, (number, seed, shard, row) in enumerate(zip(*columns)):
             view = {name: draws[k] for name, draws in views.items()}
-            sample, faults = self._sample(found[k], view, int(places.shard[k]), int(places.row[k]))
+            sample, faults = self._sample(found[k], view, shard, row)
             out.append(Read(sample, number, seed, faults))
         return out
 
@@ -137,7 +134,7 @@ class OpenSource:
         """Bytes of each wanted member of a sample, and all hints of it."""
         index = self._shard(shard)[0]
         sizes = {e: size for e, _, size in index.extent(row, self.wanted).members}
-        return sizes, {name: float(column[row]) for name, column in index.hints.items() if column[row] == column[row]}
+        return sizes, {name: float(column[row]) for name, column in index.hints.items()}
 
     def _contents(self, places: Places) -> list[dict[str, bytes] | Exception]:
         """The members of every sample, or why they cannot be read. Ranges of a remote source are asked for together."""
@@ -204,104 +201,6 @@ class OpenSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_window": []}  # file descriptors do not cross processes
-
-
-class StreamSource:
-    """A source without an index, a pipe or an HTTP stream, read through webdataset from its head on, again and again.
-
-    Each loader process takes every n-th sample of the stream, or whole shards where there are enough.
-    """
-
-    lost = (
-        "a run that goes on begins at the head of the stream again",
-        "which samples share a batch depends on the number of ranks and workers",
-        "samples are shuffled in a buffer only, and one epoch is not told from the next",
-    )
-    total = sys.maxsize
-    faults: tuple[str, ...] = ()
-
-    def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
-        self.name, self.source, self.seed, self.number, self.window = name, source, seed, number, window
-        self.urls = expand(source.shards)
-        self.stream = source.stream or Stream()
-        self.broken: list[str] = []
-        first = next(iter(self._samples(self.urls)), None)
-        if first is None:
-            raise ValueError(f"source {name} gave no sample from {self.urls[0]}: {'; '.join(self.broken) or 'it is empty'}")
-        self.readers = chosen(name, source, readers, tuple(first[1]))
-        self._passing: Iterator[tuple[str, dict[str, bytes]]] | None = None
-
-    def read(self, index: np.ndarray) -> list[Read]:
-        """The next samples that this process meets; which numbers were asked for does not matter."""
-        if self._passing is None:
-            self._passing = self._endless()
-        out = []
-        for _ in range(len(index)):
-            key, members = next(self._passing)
-            number = (self.number << 40) + (content_hash(key.encode()) & ((1 << 40) - 1))
-            seed = random.seed_of(self.seed, self.number, number)
-            view = {name: random.fold(torch.tensor(seed), name) for name in self.source.views or ()}
-            sample, faults = self.stream.tokens(self.readers, members, view)
-            broken, self.broken = self.broken, []
-            out.append(Read(sample, number, seed, [*broken, *(f"{key}.{n}: {said(error)}" for n, error in faults.items())]))
-        return out
-
-    def lengths(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """Cannot be known."""
-        raise ValueError(f"source {self.name} is a stream without an index; it cannot be packed or arranged by length")
-
-    hint = lengths  # type: ignore[assignment]
-
-    def _endless(self) -> Iterator[tuple[str, dict[str, bytes]]]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader, count = distributed.rank() * workers + number, distributed.world() * workers
-        whole = len(self.urls) >= count
-        urls = self.urls[reader::count] if whole else self.urls
-        empty = 0
-        while empty < 3:
-            empty += 1
-            for place, sample in enumerate(self._samples(urls)):
-                if whole or place % count == reader:
-                    empty = 0
-                    yield sample
-        raise RuntimeError(f"source {self.name}: the stream {urls[0]} gave no sample three times: {'; '.join(self.broken)}")
-
-    def _samples(self, urls: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        import webdataset
-
-        def note(error: Exception) -> bool:
-            self.broken.append(said(error))
-            return True
-
-        stages = [webdataset.SimpleShardList(list(urls)), webdataset.tarfile_to_samples(handler=note)]
-        if self.window:
-            stages.append(webdataset.shuffle(1000, rng=Random(self.seed)))
-        for sample in webdataset.DataPipeline(*stages):
-            yield sample["__key__"], {k.lower(): v for k, v in sample.items() if isinstance(v, bytes)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_passing": None}
-
-
-def open_source(name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0):
-    """With an index where there is or can be one, else as a stream."""
-    streamed = StreamSource if is_stream(source) else OpenSource
-    return streamed(name, source, readers, seed, window, number)
-
-
-def is_stream(source: Source) -> bool:
-    """True for what can only be read from its head on: a pipe, or a remote shard without index and cache."""
-    if source.shards.startswith("pipe:"):
-        return True
-    if not is_remote(source.shards) or source.cache:
-        return False
-    try:
-        first = expand(source.shards)[0]
-        store, name = filesystem(first)
-        return not store.exists(f"{name}.idx")
-    except NotImplementedError:  # a store that cannot tell cannot be read by ranges either
-        return True
 
 
 def chosen(name: str, source: Source, readers: dict[str, Reader], members: Collection[str]) -> dict[str, Reader]:

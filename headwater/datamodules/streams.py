@@ -36,14 +36,15 @@ class Stream:
         return frozenset({self.rename.get(e, e) for e in asked} & set(members))
 
     def lengths(self, readers: Readers, sizes: dict[str, int], hints: dict[str, float]) -> dict[str, int | None]:
-        """Tokens of each modality of a sample with members of these sizes; None where they do not follow from the hints."""
+        """Tokens of each modality of a sample with members of these sizes; None where they do not follow from the hints.
+
+        hints: all that the index has, NaN where a sample lacks one.
+        """
         named = self._named(sizes)
         out = {}
         for name, reader in readers.items():
             if (member := reader.member(named)) is not None:
-                prefix = f"{self.rename.get(member, member)}."
-                facts = {key.removeprefix(prefix): value for key, value in hints.items() if key.startswith(prefix)}
-                out[name] = reader.length({"size": named[member], **facts})
+                out[name] = counted(reader, self.rename.get(member, member), named[member], hints)
         return out
 
     def tokens(
@@ -95,10 +96,8 @@ class Interleaved(Stream):
         """Upper bounds: a text has no more tokens than the .json has bytes."""
         out: dict[str, int | None] = {self.text: min(self.length, sizes.get("json", 0))} if self.text in readers else {}
         if self.image in readers:
-            known: list[int | None] = []
-            for member in self._pictures(readers[self.image], sizes):
-                facts = {key.removeprefix(f"{member}."): v for key, v in hints.items() if key.startswith(f"{member}.")}
-                known.append(readers[self.image].length({"size": sizes[member], **facts}))
+            reader = readers[self.image]
+            known = [counted(reader, member, sizes[member], hints) for member in self._pictures(reader, sizes)]
             out[self.image] = None if None in known else sum(n for n in known if n is not None)
         return out
 
@@ -137,6 +136,14 @@ class Interleaved(Stream):
     @staticmethod
     def _pictures(reader: Reader, members: Collection[str]) -> list[str]:
         return sorted(m for m in members if m.rpartition(".")[2] in reader.extensions)
+
+
+def counted(reader: Reader, member: str, size: int, hints: dict[str, float]) -> int | None:
+    """Tokens of one member of `size` bytes; 0 when it was measured in vain, since then it does not decode either."""
+    facts = {key.removeprefix(f"{member}."): value for key, value in hints.items() if key.startswith(f"{member}.")}
+    known = {name: value for name, value in facts.items() if value == value}
+    length = reader.length({"size": size, **known})
+    return 0 if length is None and len(known) < len(facts) else length
 
 
 def segments(document: Any) -> list[tuple[str, str]]:

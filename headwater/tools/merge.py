@@ -9,9 +9,9 @@ from rich.console import Console
 
 from headwater.datamodules.files import expand
 from headwater.tools.copying import Copied, copy, local, report, staged
-from headwater.tools.parts import plain, refuse_mixed_slots, set_name, survey, with_prefixes, without_copies
 from headwater.tools.ingest.slots import distinct
 from headwater.tools.ingest.splits import SPLITS
+from headwater.tools.parts import plain, refuse_mixed_slots, set_name, survey, with_prefixes, without_copies
 
 
 def merge(

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from headwater.datamodules.files import expand
 from headwater.tools.copying import Copied, Sort, copy, local, report, staged
-from headwater.tools.parts import Part, refuse_mixed_slots, set_name, survey, with_prefixes
 from headwater.tools.ingest.splits import place
+from headwater.tools.parts import Part, refuse_mixed_slots, set_name, survey, with_prefixes
 
 
 def reshard(

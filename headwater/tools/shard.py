@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from headwater.tools.ingest.corpora import matches_common_voice, matches_librispeech, read_common_voice, read_librispeech
 from headwater.tools.decode import KIND, PICKLES
+from headwater.tools.engine import Engine
+from headwater.tools.ingest.corpora import matches_common_voice, matches_librispeech, read_common_voice, read_librispeech
 from headwater.tools.ingest.fetch import FETCH, Fetch, clear, fetch_all
 from headwater.tools.ingest.hf_datasets import matches_saved, read_saved
 from headwater.tools.ingest.manifests import MANIFESTS, NO_CAPTION, Get, read_manifest
@@ -36,8 +37,9 @@ def shard(
     clip: float | None = None,
     gop: int = 8,
     allow_misaligned: bool = False,
+    engine: Engine = "local",
 ) -> None:
-    """Make WebDataset shards from folders, manifests, films, corpora, data sets or robot episodes.
+    """Make WebDataset shards from folders, manifests, films, corpora, data sets or robots.
 
     Hidden files are left out. Files that do not decode are skipped, named and listed in out/skipped.jsonl.
 
@@ -61,8 +63,9 @@ def shard(
         clip: cut each video into clips of so many seconds.
         gop: frames from one keyframe of a clip to the next; a reader may start at any of them.
         allow_misaligned: take robot episodes whose streams differ in length or rate, cut to what they share.
+        engine: local = threads of this machine; ray = tasks of a Ray cluster, whose machines must see the files by the same path.
     """
-    root, folder = Path(source), Path(out)
+    root, folder = (Path(one).absolute() if engine == "ray" else Path(one) for one in (source, out))
     old = _refuse(root, folder, samples, train, size, overwrite)
     extensions = [extension.lstrip(".").lower() for extension in _listed(keep)]
     if pickled := {*extensions} & {*PICKLES}:
@@ -84,7 +87,7 @@ def shard(
     old |= _old(folder, own, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).write_text("shards are being written here, or that was stopped; the same command starts them anew\n")
-    written = write(found, folder, samples, train, size, console.is_terminal)
+    written = write(found, folder, samples, train, size, console.is_terminal, engine)
     lines = [json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in written.skipped]
     (folder / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
     _report(found, written, folder, console)

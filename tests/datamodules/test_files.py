@@ -15,7 +15,8 @@ from headwater.datamodules.files import Cache, File, expand, insist, is_remote
 from headwater.datamodules.mixture import Ledger
 from headwater.datamodules.plan import Plan
 from headwater.datamodules.shards import ShardDataset
-from headwater.datamodules.sources import OpenSource, Source, StreamSource, is_stream, open_source
+from headwater.datamodules.sources import OpenSource, Source
+from headwater.datamodules.stream_source import StreamSource, is_stream, open_source
 from headwater.datamodules.writer import ShardWriter
 from headwater.modalities.text import TextReader
 

@@ -144,3 +144,38 @@ def test_joined_orders_follow_one_another():
     two = {"text": READERS["text"].tokens("de")._replace(order=torch.tensor([0, 0, 1]))}
     assert join([one, one])["text"].order is None
     assert join([two, two])["text"].order.tolist() == [0, 0, 1, 3, 3, 4]
+
+
+def test_a_member_that_could_not_be_measured_counts_nothing(tmp_path):
+    reader = {"image": ImageReader(32, 16, shape="native")}
+    with ShardWriter(tmp_path / "{}.tar") as writer:
+        writer.write("a", {"png": picture("red")}, {"png.width": 32, "png.height": 32})
+        writer.write("b", {"png": b"no"})
+    source = OpenSource("s", Source(str(tmp_path)), reader, 0, 0)
+    assert source.lengths(np.arange(2))["image"].tolist() == [4, 0]
+    with ShardWriter(tmp_path / "plain" / "{}.tar") as writer:
+        writer.write("a", {"png": picture("red")})
+    with pytest.raises(ValueError, match="headwater index --measure"):
+        OpenSource("s", Source(str(tmp_path / "plain")), reader, 0, 0).lengths(np.arange(1))
+
+
+def test_pictures_of_their_own_shape_are_packed(tmp_path):
+    reader = {"image": ImageReader(64, 16, shape="native")}
+    with ShardWriter(tmp_path / "{}.tar") as writer:
+        for k in range(24):
+            file = io.BytesIO()
+            width, height = 16 * (1 + k % 4), 16 * (1 + k // 4 % 3)
+            Image.new("RGB", (width, height), (10 * k, 0, 0)).save(file, "PNG")
+            writer.write(f"{k:02d}", {"png": file.getvalue()}, {"png.width": width, "png.height": height})
+    source = OpenSource("s", Source(str(tmp_path)), reader, 0, 1)
+    batch = ShardDataset(Plan([source], Ledger([1.0]), 24, pack={"image": 16})).batch(0)
+    image = batch["image"]
+    assert image.x.shape[1] == 16
+    assert image.valid.float().mean() > 0.9
+    shapes = []
+    for number in range(24):
+        mine = image.valid & (image.document == number)
+        rows, columns = (int(image.position[mine][:, axis].max()) + 1 for axis in (1, 2))
+        shapes.append((rows, columns))
+        assert int(mine.sum()) == rows * columns  # every patch of its grid
+    assert sorted(shapes) == sorted((1 + k // 4 % 3, 1 + k % 4) for k in range(24))

@@ -28,7 +28,7 @@ import numpy as np
 
 from headwater.datamodules.index import load_index
 from headwater.datamodules.writer import ShardWriter
-from headwater.tools import rollouts, speech, things
+from headwater.tools.embed import rollouts, speech, things
 from headwater.tools.embed.notice import notice
 
 EMOJI, DRAWINGS, SEEN, UNSEEN, SPOKEN, EPISODES, TEST_EPISODES = 460, 90, 160, 90, 160, 380, 90

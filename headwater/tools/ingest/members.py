@@ -8,8 +8,8 @@ import re
 from typing import Any, NamedTuple
 
 from headwater.tools.decode import KIND, describe, extension_of
-from headwater.tools.lengths import measure
 from headwater.tools.ingest.sources import Sample, Skip, show
+from headwater.tools.lengths import measure
 
 
 class Loaded(NamedTuple):

@@ -9,12 +9,14 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.progress import track
 
 from headwater.datamodules.writer import ShardWriter
+from headwater.tools.engine import Engine, spread
 from headwater.tools.ingest.members import Loaded, load
 from headwater.tools.ingest.sources import Found, Sample, Skip
 
@@ -42,14 +44,16 @@ def shards_in(out: Path, splits: set[str]) -> set[Path]:
     return {path for split in splits for path in out.glob(f"{split}-*.tar")}
 
 
-def write(found: Found, out: Path, samples: int, train: float, size: int | None, progress: bool) -> Written:
+def write(
+    found: Found, out: Path, samples: int, train: float, size: int | None, progress: bool, engine: Engine = "local"
+) -> Written:
     """Write all samples that load. samples: per shard; train: share by hash; size: of larger images, see `load`."""
     written = Written(set(), {}, list(found.skipped))
     width = max(6, len(str(len(found.samples))))
     pattern = str(out).replace("{", "{{").replace("}", "}}") + "/%s-{:05d}.tar"
     writers: dict[str, ShardWriter] = {}
     with ExitStack() as stack:
-        for sample, loaded in track(_loaded(found.samples, size), "writing", total=len(found.samples), disable=not progress):
+        for sample, loaded in track(_loaded(found.samples, size, engine), "writing", total=len(found.samples), disable=not progress):
             if isinstance(loaded, Skip):
                 written.skipped.append(loaded)
                 continue
@@ -68,8 +72,12 @@ def place(name: str) -> float:
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / (1 << 32)
 
 
-def _loaded(samples: list[Sample], size: int | None) -> Iterator[tuple[Sample, Loaded | Skip]]:
-    """Samples in order, made and decoded by threads, a few ahead so that memory stays small."""
+def _loaded(samples: list[Sample], size: int | None, engine: Engine) -> Iterator[tuple[Sample, Loaded | Skip]]:
+    """Samples in order, made and decoded by threads or by Ray, a few ahead so that memory stays small."""
+    if engine == "ray":
+        for result in spread(partial(load, size=size), samples, engine=engine):
+            yield result.item, result.value or Skip(result.item.name, result.error)
+        return
     ahead: deque[tuple[Sample, Future[Loaded | Skip]]] = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for sample in samples:

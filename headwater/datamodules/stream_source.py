@@ -1,0 +1,117 @@
+"""Sources without an index: pipes and HTTP streams, which can only be read from their head on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from headwater import distributed, random
+from headwater.datamodules.files import expand, filesystem, is_remote
+from headwater.datamodules.index import content_hash
+from headwater.datamodules.sources import OpenSource, Read, Source, chosen, said
+from headwater.datamodules.streams import Stream
+from headwater.model import Reader
+
+
+class StreamSource:
+    """A source without an index, a pipe or an HTTP stream, read through webdataset from its head on, again and again.
+
+    Each loader process takes every n-th sample of the stream, or whole shards where there are enough.
+    """
+
+    lost = (
+        "a run that goes on begins at the head of the stream again",
+        "which samples share a batch depends on the number of ranks and workers",
+        "samples are shuffled in a buffer only, and one epoch is not told from the next",
+    )
+    total = sys.maxsize
+    faults: tuple[str, ...] = ()
+
+    def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
+        self.name, self.source, self.seed, self.number, self.window = name, source, seed, number, window
+        self.urls = expand(source.shards)
+        self.stream = source.stream or Stream()
+        self.broken: list[str] = []
+        first = next(iter(self._samples(self.urls)), None)
+        if first is None:
+            raise ValueError(f"source {name} gave no sample from {self.urls[0]}: {'; '.join(self.broken) or 'it is empty'}")
+        self.readers = chosen(name, source, readers, tuple(first[1]))
+        self._passing: Iterator[tuple[str, dict[str, bytes]]] | None = None
+
+    def read(self, index: np.ndarray) -> list[Read]:
+        """The next samples that this process meets; which numbers were asked for does not matter."""
+        if self._passing is None:
+            self._passing = self._endless()
+        out = []
+        for _ in range(len(index)):
+            key, members = next(self._passing)
+            number = (self.number << 40) + (content_hash(key.encode()) & ((1 << 40) - 1))
+            seed = random.seed_of(self.seed, self.number, number)
+            view = {name: random.fold(torch.tensor(seed), name) for name in self.source.views or ()}
+            sample, faults = self.stream.tokens(self.readers, members, view)
+            broken, self.broken = self.broken, []
+            out.append(Read(sample, number, seed, [*broken, *(f"{key}.{n}: {said(error)}" for n, error in faults.items())]))
+        return out
+
+    def lengths(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Cannot be known."""
+        raise ValueError(f"source {self.name} is a stream without an index; it cannot be packed or arranged by length")
+
+    hint = lengths  # type: ignore[assignment]
+
+    def _endless(self) -> Iterator[tuple[str, dict[str, bytes]]]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader, count = distributed.rank() * workers + number, distributed.world() * workers
+        whole = len(self.urls) >= count
+        urls = self.urls[reader::count] if whole else self.urls
+        empty = 0
+        while empty < 3:
+            empty += 1
+            for place, sample in enumerate(self._samples(urls)):
+                if whole or place % count == reader:
+                    empty = 0
+                    yield sample
+        raise RuntimeError(f"source {self.name}: the stream {urls[0]} gave no sample three times: {'; '.join(self.broken)}")
+
+    def _samples(self, urls: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        import webdataset
+
+        def note(error: Exception) -> bool:
+            self.broken.append(said(error))
+            return True
+
+        stages = [webdataset.SimpleShardList(list(urls)), webdataset.tarfile_to_samples(handler=note)]
+        if self.window:
+            stages.append(webdataset.shuffle(1000, rng=Random(self.seed)))
+        for sample in webdataset.DataPipeline(*stages):
+            yield sample["__key__"], {k.lower(): v for k, v in sample.items() if isinstance(v, bytes)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_passing": None}
+
+
+def open_source(name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0):
+    """With an index where there is or can be one, else as a stream."""
+    streamed = StreamSource if is_stream(source) else OpenSource
+    return streamed(name, source, readers, seed, window, number)
+
+
+def is_stream(source: Source) -> bool:
+    """True for what can only be read from its head on: a pipe, or a remote shard without index and cache."""
+    if source.shards.startswith("pipe:"):
+        return True
+    if not is_remote(source.shards) or source.cache:
+        return False
+    try:
+        first = expand(source.shards)[0]
+        store, name = filesystem(first)
+        return not store.exists(f"{name}.idx")
+    except NotImplementedError:  # a store that cannot tell cannot be read by ranges either
+        return True
