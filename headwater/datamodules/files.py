@@ -52,7 +52,10 @@ class File:
     def read(self, offset: int, size: int) -> bytes:
         """At most `size` bytes from `offset` on; fewer at the end."""
         if self._descriptor >= 0:
-            return os.pread(self._descriptor, size, offset)
+            content = os.pread(self._descriptor, size, offset)
+            while len(content) < size and (more := os.pread(self._descriptor, size - len(content), offset + len(content))):
+                content += more  # one call gives at most 2 GiB
+            return content
         end = min(offset + size, self.size)
         return insist(lambda: self._store.cat_file(self._name, start=offset, end=end)) if offset < end else b""
 

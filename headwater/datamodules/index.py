@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ KINDS = (1 << 16) - 1  # extensions of a shard; their numbers have 16 bits
 MEMBER = np.dtype([("kind", "<u2"), ("block", "<u4"), ("size", "<u4"), ("hash", "<u8")])  # hash 0 = not taken
 MEMBERS = pa.list_(pa.struct([(name, pa.from_numpy_dtype(MEMBER[name])) for name in MEMBER.names or ()]))
 HINT = "hint."
+MAGIC = b"ARROW1"  # how every Arrow file begins
 CHUNK = 1 << 18  # members that are checked at once
 
 
@@ -44,7 +48,8 @@ class Card(NamedTuple):
 Contents = dict[str, bytes]  # extension -> content, of one sample
 
 
-class ShardIndex(NamedTuple):
+@dataclass(frozen=True)
+class ShardIndex:
     """The samples of one tar, S of them with M members in all.
 
     keys: (S,) sample names. first: (S + 1,) where the members of each sample begin. kind: (M,) number of the extension.
@@ -86,11 +91,16 @@ class ShardIndex(NamedTuple):
     def extent(self, row: int, wanted: Collection[str] | None = None) -> Extent:
         """Where the members of a sample lie, or those with a wanted extension."""
         names = self.card.extensions
-        first, last = self.first[row], self.first[row + 1]
-        kinds, blocks, sizes = self.kind[first:last].tolist(), self.block[first:last].tolist(), self.bytes[first:last].tolist()
-        parts = [(names[k], b * BLOCK, n) for k, b, n in zip(kinds, blocks, sizes) if wanted is None or names[k] in wanted]
-        start = min((at for _, at, _ in parts), default=0)
-        return Extent(start, max((at + size for _, at, size in parts), default=0) - start, parts)
+        first, last = self.first[row : row + 2].tolist()
+        columns = self.kind[first:last].tolist(), self.block[first:last].tolist(), self.bytes[first:last].tolist()
+        start, end, taken = 1 << 62, 0, 0
+        members = []
+        for kind, block, size in zip(*columns):  # a plain loop: this is asked for every sample
+            if wanted is None or names[kind] in wanted:
+                at = block * BLOCK
+                start, end, taken = min(start, at), max(end, at + size), taken + size
+                members.append((names[kind], at, size))
+        return Extent(start, end - start, members, end - start > 2 * taken + 64 * BLOCK) if members else Extent(0, 0, [], False)
 
     def read(self, file: File, row: int, wanted: Collection[str] | None = None) -> Contents:
         """The members of a sample, or those with a wanted extension: extension -> bytes. OSError when the file is shorter."""
@@ -109,16 +119,13 @@ class ShardIndex(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """The bytes of one sample. members: (extension, offset, size)."""
+    """The bytes of one sample. members: (extension, offset, size). scattered: True when members of other samples lie between,
+    so that one read would take in much that is not wanted."""
 
     offset: int
     size: int
     members: list[tuple[str, int, int]]
-
-    @property
-    def scattered(self) -> bool:
-        """True when members of other samples lie between, so that one read would take in much that is not wanted."""
-        return self.size > 2 * sum(size for _, _, size in self.members) + 64 * BLOCK
+    scattered: bool
 
     def cut(self, content: bytes) -> dict[str, bytes]:
         """The members from the bytes of the whole extent."""
@@ -149,8 +156,14 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def index_path(tar: str | Path) -> Path:
-    """Where the index of a tar lies."""
-    return Path(f"{tar}.idx")
+    """Where the index of a local tar lies: `name.tar.idx`, or beside that when it is another library's (Megatron-Energon's)."""
+    beside = Path(f"{tar}.idx")
+    try:
+        with beside.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError:
+        return beside
+    return beside if start in (b"", MAGIC) else Path(f"{tar}.headwater.idx")
 
 
 def content_hash(content: bytes) -> int:
@@ -165,7 +178,7 @@ def scan(tar: str | Path, hashed: bool = False) -> ShardIndex:
     """
     rows: dict[str, dict[str, tuple[str, int, int, int]]] = {}
     faults: list[str] = []
-    spoiled: set[str] = set()
+    cut: set[tuple[str, str]] = set()
     kinds: set[str] = set()
     header: dict[str, Any] = {}
     begun = many = 0  # byte where the tar begins that is walked now, for several may be joined; number of faults
@@ -175,8 +188,8 @@ def scan(tar: str | Path, hashed: bool = False) -> ShardIndex:
             found = rows.get(key, {})
             if isinstance(one, Damage):
                 fault, begun = one.why, one.begins or begun
-                if one.cut and extension not in found:
-                    spoiled.add(key)
+                if one.cut:
+                    cut.add((key, extension))
             elif key.rpartition("/")[2].startswith("__"):
                 continue  # names such as __index__ speak to WebDataset, not of a sample
             elif not (fault := _misplaced(one, key, extension, found, begun, kinds)):
@@ -190,6 +203,7 @@ def scan(tar: str | Path, hashed: bool = False) -> ShardIndex:
                 faults.append(f"{tar}: {fault}")
     if many > FAULTS:
         faults.append(f"{tar}: and {many - FAULTS} more faults")
+    spoiled = {key for key, extension in cut if extension not in rows.get(key, {})}  # elsewhere the member may be whole
     whole = (Row(key, list(found.values())) for key, found in rows.items() if key not in spoiled)
     return assemble(str(tar), whole, tuple(faults), header)
 
@@ -237,28 +251,35 @@ def save_index(index: ShardIndex) -> Path:
     del note["path"]
     table = pa.table(columns).replace_schema_metadata({"headwater": json.dumps(note)})
     target = index_path(index.path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f"{target.name}.", suffix=".partial", delete=False) as partial:
+        pass
     try:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with pa.OSFile(partial.name, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_batch(table.to_batches()[0] if len(table) else pa.RecordBatch.from_pylist([], table.schema))
-        os.replace(partial, target)
+        os.chmod(partial.name, os.stat(index.path).st_mode & 0o666)  # who may read the tar may read its index
+        os.replace(partial.name, target)
     finally:
-        partial.unlink(missing_ok=True)
+        Path(partial.name).unlink(missing_ok=True)
     return target
 
 
 def load_index(tar: str | Path) -> ShardIndex:
     """The index beside `tar`; scanned anew when it is missing, damaged or was written for another tar."""
-    found = _saved(str(tar))
-    saved = _columns(*found) if found else None
+    saved = saved_index(tar)
     if saved is not None:
         return saved
     if is_remote(str(tar)):
         raise FileNotFoundError(f"{tar} has no sound index beside it; `headwater index {tar}` makes it, or give the source a cache")
     index = scan(tar)
-    if os.access(index_path(tar).parent, os.W_OK):
+    with suppress(OSError):  # a folder that cannot be written to, a full disk: it is made anew next time
         save_index(index)
     return index
+
+
+def saved_index(tar: str | Path) -> ShardIndex | None:
+    """The index beside `tar` as it is, or None when there is none, it is damaged or was written for another tar."""
+    found = _saved(str(tar))
+    return _columns(*found) if found else None
 
 
 def load_card(tar: str | Path) -> Card:
@@ -276,7 +297,7 @@ def _saved(tar: str) -> tuple[pa.RecordBatch, Card, int] | None:
             store, name = filesystem(f"{tar}.idx")
             source = pa.BufferReader(insist(lambda: store.cat_file(name)))
         else:
-            source = pa.memory_map(f"{tar}.idx")
+            source = pa.memory_map(str(index_path(tar)))
     except (FileNotFoundError, pa.ArrowInvalid):  # the latter is what an empty file gives
         return None
     try:
@@ -300,18 +321,18 @@ def _saved(tar: str) -> tuple[pa.RecordBatch, Card, int] | None:
 def _columns(batch: pa.RecordBatch, card: Card, total: int) -> ShardIndex | None:
     """The columns of a saved index, mapped, or None when they contradict one another or lead out of the tar of `total` bytes.
 
-    Arrow trusts the numbers in a file, and a wrong one would read foreign memory. This takes 15 ms for a million samples.
+    Arrow trusts the numbers in a file, and a wrong one would read foreign memory. This takes 20 ms for a million samples.
     """
-    types = [pa.string(), MEMBERS, *[pa.float32() for _ in card.hints]]
-    if batch.schema.names != ["key", "members", *(HINT + name for name in card.hints)] or batch.schema.types != types:
-        return None
+    names = ["key", "members", *(HINT + name for name in card.hints)]
     try:
+        if batch.schema.names != names or batch.schema.types != [pa.string(), MEMBERS, *[pa.float32() for _ in card.hints]]:
+            return None
         batch.validate(full=True)
         keys, listed, *hints = batch.columns
         first = listed.offsets.to_numpy()
         kind, block, size, taken = (field.to_numpy() for field in listed.values.flatten())
         index = ShardIndex(card, keys, first, kind, block, size, taken, dict(zip(card.hints, (h.to_numpy() for h in hints))))
-    except pa.ArrowInvalid:  # numbers out of bounds, texts that are not UTF-8, or missing values
+    except ValueError:  # numbers out of bounds, texts that are not UTF-8, or missing values
         return None
     parts = range(0, len(kind), CHUNK)  # not all at once, which would cost more memory than the index itself
     end = max((int((block[k : k + CHUNK].astype(np.int64) * BLOCK + size[k : k + CHUNK]).max()) for k in parts), default=0)

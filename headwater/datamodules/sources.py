@@ -185,7 +185,7 @@ class OpenSource:
             return self._open[shard]
         path = self.cards[shard].path
         index, file = load_index(path), File(self.cache.path(path) if self.cache and is_remote(path) else path)
-        if not is_remote(path) and not fits(index, file):
+        if len(index) != self.cards[shard].samples or (not is_remote(path) and not fits(index, file)):
             file.close()
             raise OSError(f"{path} has changed since it was indexed; run `headwater index {path}`")
         self._open[shard] = index, file

@@ -22,6 +22,7 @@ LONGEST = 1 << 20  # bytes of a long name or of pax records
 NAME = 4096  # letters of a name, the longest path of Linux
 NESTED = 20  # levels of the facts of a source
 CHUNK = 1 << 20  # bytes that are searched at once for the next header
+EMPTY = b"123456"  # type flags without content, whatever the header says (POSIX): links, devices, folders, pipes
 HEADER = "headwater"  # pax keyword under which a source keeps its facts
 Read = Callable[[int, int], bytes]  # (offset, size) -> at most size bytes
 
@@ -63,17 +64,19 @@ def members(read: Read, total: int, facts: dict[str, Any] | None = None) -> Iter
     place = 0
     named: dict[str, str] = {}  # what records say of the next member
     lost = b""  # the type flag of a damaged header before the next member
-    last: Member | None = None  # held back until what follows it is in order
+    last: Member | None = None
+    held: Member | Damage | None = None  # what will be said of `last`, when what follows it is in order
     while place < total:
         block = read(place, BLOCK)
         found = parse(block)
         if found is None and last and (inner := _swallowed(read, last, block)):
-            yield Damage(last.name, f"{shown(last.name)} is cut off by another header at byte {inner}", cut=True)
-            last, place = None, inner
+            yield Damage(last.name, f"{shown(last.name)} is cut off by another header at byte {inner}", isinstance(held, Member))
+            last, held, place = None, None, inner
             continue
-        if last:
-            yield last
-            last = None
+        if held:
+            yield held
+        last = held = None
+        content = place + BLOCK
         if found is None:
             damage, place = _gap(read, place, block, total)
             if damage:
@@ -81,10 +84,7 @@ def members(read: Read, total: int, facts: dict[str, Any] | None = None) -> Iter
             if place >= total:
                 return
             named, lost = {}, block[156:157]
-            continue
-        content = place + BLOCK
-        if found.kind in b"LKxg" and (found.size > LONGEST or content + found.size > total):
-            most = min(LONGEST, total - content)
+        elif found.kind in b"LKxg" and found.size > (most := min(LONGEST, total - content)):
             yield Damage("", f"the record at byte {place} announces {found.size} bytes; expected at most {most}")
             place, named, lost = _next_header(read, content, total), {}, found.kind
         elif found.kind in b"LKxg":
@@ -93,28 +93,26 @@ def members(read: Read, total: int, facts: dict[str, Any] | None = None) -> Iter
                 lost = found.kind
             place = content + found.size + -found.size % BLOCK
         else:
-            size = _size(named, found.size) if named and found.kind not in b"123456" else found.size
+            size = _size(found, named) if named else found.size
+            last = Member(named.get("path") or found.name, content, size)
             nameless = bool(lost) and "path" not in named and (lost in b"Lx" or 0 not in block[:100])
-            one = _judged(found, named, nameless, content, size, total)
+            held = _judged(last, found.kind, named, nameless, total)
             place = content + size + -size % BLOCK if content + size <= total else _next_header(read, content, total)
-            if isinstance(one, Damage):
-                yield one
-            last = one if isinstance(one, Member) else None
             named, lost = {}, b""
-    if last:
-        yield last
+    if held:
+        yield held
     yield Damage("", f"ends at byte {total} without an end marker; it may have been cut" if total else "is empty (0 bytes)")
 
 
-def _judged(found: Header, named: dict[str, str], nameless: bool, content: int, size: int, total: int) -> Member | Damage | None:
-    """What a header announces, if it can be used; None for a folder. nameless: True when a record of its name is lost."""
-    name = named.get("path") or found.name
-    if content + size > total:
-        return Damage(name, f"{shown(name)} is cut off: {total - content} of {size} bytes are there", cut=not nameless)
-    why = "has lost the record of its name to damage" if nameless else _refused(found.kind, name, size, named)
+def _judged(one: Member, kind: bytes, named: dict[str, str], nameless: bool, total: int) -> Member | Damage | None:
+    """The member if it can be used, None for a folder. nameless: True when a record of its name is lost."""
+    if one.offset + one.size > total:
+        there = f"{total - one.offset} of {one.size} bytes are there"
+        return Damage(one.name, f"{shown(one.name)} is cut off: {there}", cut=not nameless)
+    why = "has lost the record of its name to damage" if nameless else _refused(kind, one.name, one.size, named)
     if why:
-        return Damage(name, f"{shown(name)} {why}; it is left out")
-    return None if found.kind == b"5" or name.endswith("/") else Member(name, content, size)
+        return Damage(one.name, f"{shown(one.name)} {why}; it is left out")
+    return None if kind == b"5" or one.name.endswith("/") else one
 
 
 def parse(block: bytes) -> Header | None:
@@ -130,7 +128,7 @@ def parse(block: bytes) -> Header | None:
     if block[257:263] == b"ustar\0" and block[345]:
         name = f"{_text(block[345:500])}/{name}"
     kind = block[156:157]
-    return Header(name, 0 if kind in b"123456" else size, kind)  # links, folders and devices have no content (POSIX)
+    return Header(name, 0 if kind in EMPTY else size, kind)
 
 
 def header(name: str, size: int) -> bytes:
@@ -186,10 +184,11 @@ def _refused(kind: bytes, name: str, size: int, named: dict[str, str]) -> str:
     return unsafe(name)
 
 
-def _size(named: dict[str, str], size: int) -> int:
+def _size(found: Header, named: dict[str, str]) -> int:
     """Bytes of content, from a pax record where there is a sound one."""
     told = named.get("size", "")
-    return int(told) if told.isascii() and told.isdigit() and len(told) < 20 else size
+    sound = told.isascii() and told.isdigit() and len(told) < 20 and found.kind not in EMPTY
+    return int(told) if sound else found.size
 
 
 def _note(kind: bytes, content: bytes, named: dict[str, str], facts: dict[str, Any] | None) -> bool:

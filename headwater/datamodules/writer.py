@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from headwater.datamodules.index import Row, assemble, content_hash, save_index
-from headwater.datamodules.tar import BLOCK, LARGEST, global_header, header
+from headwater.datamodules.tar import BLOCK, LARGEST, LONGEST, global_header, header, unsafe
 
 
 class ShardWriter:
@@ -38,8 +38,12 @@ class ShardWriter:
         assert self._file is not None
         if key in self._rows:
             raise ValueError(f"key {key!r} was written before; keys must be unique within a shard")
+        if len({extension.lower() for extension in members}) < len(members):
+            raise ValueError(f"{key} has members {', '.join(members)}; expected extensions that differ in more than their case")
         row = Row(key, [], hints)
         for extension, content in members.items():
+            if why := unsafe(f"{key}.{extension}"):
+                raise ValueError(f"{key}.{extension} {why}; no reader would take it")
             if len(content) > LARGEST:
                 raise ValueError(f"{key}.{extension} has {len(content)} bytes; expected at most {LARGEST}. Cut it into samples")
             head = header(f"{key}.{extension}", len(content))
@@ -73,6 +77,10 @@ class ShardWriter:
         self._rows: dict[str, Row] = {}
         self._file = _partial(path).open("wb", buffering=1 << 20)
         start = global_header(self.header) if self.header else b""
+        if len(start) > LONGEST:
+            raise ValueError(
+                f"the header of the shards takes {len(start)} bytes; expected at most {LONGEST}. Keep large tables beside"
+            )
         self._file.write(start)
         self._place = len(start)
 

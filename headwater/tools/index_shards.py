@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -10,9 +11,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from headwater.datamodules import index as indexing
 from headwater.datamodules.files import File, expand
-from headwater.datamodules.index import BLOCK, ShardIndex, content_hash, fits, scan
+from headwater.datamodules.index import BLOCK, ShardIndex, content_hash, fits, saved_index, scan
 from headwater.tools.engine import Engine, Result, said, spread
 from headwater.tools.lengths import measure, promised
 from headwater.tools.remote import absolute, fetched, named, save, size_of
@@ -82,8 +82,7 @@ def index_one(path: str, measured: bool = False, tokenizer: str | None = None, f
 
 def current(path: str) -> ShardIndex | None:
     """The index beside a shard, or None when it is missing, damaged, or of another tar."""
-    found = indexing._saved(path)
-    index = indexing._columns(*found) if found else None
+    index = saved_index(path)
     if index is None:
         return None
     with File(path) as file:
@@ -168,7 +167,7 @@ def _reader(tokenizer: str) -> Any:
 
 def _with(index: ShardIndex, hashes: np.ndarray, hints: dict[str, np.ndarray]) -> ShardIndex:
     hints = dict(sorted(hints.items()))
-    return ShardIndex(index.card._replace(hints=tuple(hints)), *index[1:6], hashes, hints)
+    return replace(index, card=index.card._replace(hints=tuple(hints)), hash=hashes, hints=hints)
 
 
 def report(results: list[Result], console: Console) -> None:

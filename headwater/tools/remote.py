@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 from headwater.datamodules.files import filesystem, insist, is_remote
@@ -32,12 +33,12 @@ def fetched(path: str) -> Iterator[str]:
 def named(index: ShardIndex, path: str) -> ShardIndex:
     """The index of a copy, with the place of the original in its name and faults."""
     faults = tuple(fault.replace(index.path, path, 1) for fault in index.faults)
-    return ShardIndex(index.card._replace(path=path, faults=faults), *index[1:])
+    return replace(index, card=index.card._replace(path=path, faults=faults))
 
 
 def save(index: ShardIndex, copy: str) -> None:
     """Save the index beside its shard, of which `copy` is a local file. OSError where the store cannot be written."""
-    saved = save_index(ShardIndex(index.card._replace(path=copy), *index[1:]))
+    saved = save_index(replace(index, card=index.card._replace(path=copy)))
     if not is_remote(index.path):
         return
     store, name = filesystem(f"{index.path}.idx")

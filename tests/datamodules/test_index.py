@@ -146,3 +146,35 @@ def test_names_are_cut_at_the_first_dot_of_the_file(name, parts):
 def test_a_missing_tar_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.tar"):
         load_index(tmp_path / "none.tar")
+
+
+def test_the_index_of_another_library_is_left_alone(tar):
+    theirs = np.arange(9, dtype=np.uint64).tobytes()  # Megatron-Energon keeps bare offsets under the same name
+    index_path(tar).write_bytes(theirs)
+    assert contents(load_index(tar)) == SAMPLES
+    assert tar.with_name(f"{tar.name}.idx").read_bytes() == theirs
+    assert index_path(tar).name == f"{tar.name}.headwater.idx"
+    assert load_index(tar).keys.to_pylist() == list(SAMPLES)
+
+
+def test_a_folder_that_cannot_be_written_to_costs_the_saving_only(tar, monkeypatch):
+    def full(index):
+        raise OSError(28, "No space left on device")
+
+    index_path(tar).unlink()
+    monkeypatch.setattr(indexing, "save_index", full)
+    assert contents(load_index(tar)) == SAMPLES
+
+
+@pytest.mark.parametrize(("key", "members"), [("../a", {"txt": b""}), ("a\nb", {"txt": b""}), ("a", {"txt": b"", "TXT": b""})])
+def test_what_no_reader_would_take_is_not_written(tmp_path, key, members):
+    with ShardWriter(tmp_path / "{}.tar") as writer, pytest.raises(ValueError, match=r"leads out|control|case"):
+        writer.write(key, members)
+
+
+def test_long_names_are_found_again(tmp_path):
+    long = {f"{'k' * 150}{n}": {"txt": f"text {n}".encode()} for n in range(3)}
+    with ShardWriter(tmp_path / "{}.tar") as writer:
+        for key, members in long.items():
+            writer.write(key, members)
+    assert contents(load_index(writer.shards[0])) == contents(scan(writer.shards[0])) == long

@@ -53,7 +53,9 @@ def write(
     pattern = str(out).replace("{", "{{").replace("}", "}}") + "/%s-{:05d}.tar"
     writers: dict[str, ShardWriter] = {}
     with ExitStack() as stack:
-        for sample, loaded in track(_loaded(found.samples, size, engine), "writing", total=len(found.samples), disable=not progress):
+        for sample, loaded in track(
+            _loaded(found.samples, size, engine), "writing", total=len(found.samples), disable=not progress
+        ):
             if isinstance(loaded, Skip):
                 written.skipped.append(loaded)
                 continue

@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from headwater.tools.ingest.alignment import check, pick
 from headwater.tools.decode import array_of
+from headwater.tools.ingest.alignment import check, pick
 from headwater.tools.ingest.episodes import Episode, Rows, extensions, gather
 from headwater.tools.ingest.slots import Statistics, align, distinct, slots_of, union
 

@@ -21,9 +21,9 @@ import webdataset
 import headwater
 from headwater.tools.ingest.fetch import Fetch, fetch_all
 from headwater.tools.ingest.ledger import Entry, Ledger
-from headwater.tools.shard import shard
 from headwater.tools.ingest.signatures import BEGINNINGS
 from headwater.tools.ingest.turns import PATIENCE, Turns
+from headwater.tools.shard import shard
 
 QUICK = Fetch(threads=8, timeout=0.4, attempts=3, pause=0.02, largest=200_000)
 EMBEDDED = Path(headwater.__file__).parent / "embedded"

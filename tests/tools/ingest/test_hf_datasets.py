@@ -13,8 +13,8 @@ import webdataset
 from PIL import Image
 
 import headwater
-from headwater.tools.shard import shard
 from headwater.tools.ingest.splits import split_of
+from headwater.tools.shard import shard
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
