@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,7 +75,9 @@ class OpenSource:
     def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
         self.name, self.source, self.seed, self.number = name, source, seed, number
         self.cache = Cache(source.cache, source.cache_size) if source.cache else None
-        self.cards: list[Card] = [self._card(path) for path in expand(source.shards)]
+        paths = expand(source.shards)
+        with ThreadPoolExecutor(32 if is_remote(paths[0]) else 1) as pool:  # a store takes its time for each
+            self.cards: list[Card] = list(pool.map(self._card, paths))
         self.members = tuple(sorted({e for card in self.cards for e in card.extensions}))
         self.stream = source.stream or Stream()
         self.readers = chosen(name, source, readers, self.members)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image as Pictures
 
 from headwater.datamodules.mixture import Ledger
 from headwater.datamodules.plan import Arrange, Plan
@@ -14,9 +14,13 @@ from headwater.datamodules.shards import ShardDataset
 from headwater.datamodules.sources import OpenSource, Source
 from headwater.datamodules.streams import Interleaved, Stream, join, segments
 from headwater.datamodules.writer import ShardWriter
-from headwater.modalities.image import ImageReader
-from headwater.modalities.text import TextReader
+from headwater.fusion import JointTokens
+from headwater.modalities.image import Image, ImageReader
+from headwater.modalities.text import Text, TextReader
+from headwater.model import Model
+from headwater.objectives import Causal
 from headwater.tokens import attention_mask, cat
+from headwater.trunk import Trunk
 
 READERS = {"text": TextReader(length=40), "image": ImageReader(32, 16)}
 SEGMENTS = [{"text": "ab"}, {"image": "0.png"}, {"text": "cde"}, {"image": "1.png"}, {"text": "f"}]
@@ -24,7 +28,7 @@ SEGMENTS = [{"text": "ab"}, {"image": "0.png"}, {"text": "cde"}, {"image": "1.pn
 
 def picture(colour):
     file = io.BytesIO()
-    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    Pictures.new("RGB", (32, 32), colour).save(file, "PNG")
     return file.getvalue()
 
 
@@ -165,7 +169,7 @@ def test_pictures_of_their_own_shape_are_packed(tmp_path):
         for k in range(24):
             file = io.BytesIO()
             width, height = 16 * (1 + k % 4), 16 * (1 + k // 4 % 3)
-            Image.new("RGB", (width, height), (10 * k, 0, 0)).save(file, "PNG")
+            Pictures.new("RGB", (width, height), (10 * k, 0, 0)).save(file, "PNG")
             writer.write(f"{k:02d}", {"png": file.getvalue()}, {"png.width": width, "png.height": height})
     source = OpenSource("s", Source(str(tmp_path)), reader, 0, 1)
     batch = ShardDataset(Plan([source], Ledger([1.0]), 24, pack={"image": 16})).batch(0)
@@ -179,3 +183,25 @@ def test_pictures_of_their_own_shape_are_packed(tmp_path):
         shapes.append((rows, columns))
         assert int(mine.sum()) == rows * columns  # every patch of its grid
     assert sorted(shapes) == sorted((1 + k // 4 % 3, 1 + k % 4) for k in range(24))
+
+
+def test_a_causal_model_learns_from_pictures_before_a_text_and_never_from_later_ones(documents):
+    torch.manual_seed(0)
+
+    def trunk():
+        return Trunk(16, 1, 2)
+
+    model = Model({"text": Text(trunk(), length=40), "image": Image(trunk(), 32, 16)}, lambda widths: JointTokens(widths, trunk()))
+    source = opened(documents, Interleaved())
+    batch = ShardDataset(Plan([source], Ledger([1.0]), 2)).batch(0)
+    objective = Causal(model, modality="text", context=["image"])
+    ready = {name: model.readers[name].prepare(batch[name]) for name in ("image", "text")} | {"seed": batch["seed"]}
+    ready["image"].x.requires_grad_()
+    text = batch["text"]
+    for last in (2, 7):  # the end of the first text, and of the second
+        seen = {**ready, "text": text._replace(valid=text.valid & (text.order <= last))}
+        term = next(iter(objective(model, objective.task(seen)).values()))
+        (slope,) = torch.autograd.grad(term.total, ready["image"].x)
+        reached = slope.abs().sum(-1) > 0
+        assert reached[:, :4].any() == (last == 7)
+        assert not reached[:, 4:].any()

@@ -30,6 +30,7 @@ from headwater.datamodules.index import load_index
 from headwater.datamodules.writer import ShardWriter
 from headwater.tools.embed import rollouts, speech, things
 from headwater.tools.embed.notice import notice
+from headwater.tools.index_shards import index_shards
 
 EMOJI, DRAWINGS, SEEN, UNSEEN, SPOKEN, EPISODES, TEST_EPISODES = 460, 90, 160, 90, 160, 380, 90
 SPEECH_BITS, SOUND_BITS = 10_000, 20_000
@@ -68,6 +69,7 @@ def build(sources: Path, out: Path) -> None:
             known |= {e.start for e in rolled}
             measured[split] = rolled
             write(made, f"episodes-{split}", acted(rolled))
+        index_shards(str(made), jobs=1, measure=True)
         shards = sorted(made.glob("*.tar"))
         (made / "NOTICE.md").write_text(notice(table(shards), measures(measured)), "utf-8")
         replace(made, out)

@@ -20,6 +20,7 @@ Open Clip Art Library | public domain |
 | sounds | Debian `sonic-pi-samples` 3.2.2 | Sonic Pi, from freesound contributors | CC0-1.0 |
 | speech | our own output of `espeak-ng` 1.51 | headwater | Apache-2.0 |
 | episodes | our own roll-outs in `minigrid` 3.2.0 (MIT, Copyright Farama Foundation) | headwater | Apache-2.0 |
+| `probe.*`, with which decoders are tried | `tests/modalities/test_decoding.py` | headwater | Apache-2.0 |
 
 ## Splits
 
