@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from headwater.tokens import Tokens
 
@@ -26,16 +25,16 @@ def collate(samples: Sequence[Sample], names: Sequence[str], rows: Rows | None =
 def _alone(samples: Sequence[Sample], name: str) -> Tokens:
     """One sample per row."""
     found = [sample.get(name) for sample in samples]
-    model = _model([t for t in found if t is not None], name)
+    pieces = [t for t in found if t is not None]
+    model = _model(pieces, name)
     lengths = [0 if t is None else t.position.shape[0] for t in found]
-    length = max(lengths)
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    even = min(lengths) == max(lengths)
 
     def column(field: str) -> Tensor:
-        nothing = getattr(model, field)[:0]
-        parts = [nothing if t is None else getattr(t, field) for t in found]
-        return torch.stack(parts) if min(lengths) == length else pad_sequence(parts, batch_first=True)
+        parts = [getattr(t, field) for t in pieces]
+        return torch.stack(parts) if even else _filled(torch.cat(parts), valid)
 
-    valid = torch.arange(length) < torch.tensor(lengths)[:, None]
     return Tokens(column("x"), column("position"), valid, None, None if model.order is None else column("order"))
 
 
@@ -46,15 +45,12 @@ def _packed(samples: Sequence[Sample], rows: Rows, name: str) -> Tokens:
     model = _model(pieces, name)
     lengths = torch.tensor([t.position.shape[0] for t in pieces])
     sizes = [sum(t.position.shape[0] for _, t in row) for row in found]
-
-    def in_rows(flat: Tensor) -> Tensor:
-        return pad_sequence(flat.split(sizes), batch_first=True)  # type: ignore[arg-type]
+    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
 
     def joined(field: str) -> Tensor:
-        return in_rows(torch.cat([getattr(t, field) for t in pieces]))
+        return _filled(torch.cat([getattr(t, field) for t in pieces]), valid)
 
-    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-    owner = in_rows(torch.tensor([s for row in found for s, _ in row]).repeat_interleave(lengths))
+    owner = _filled(torch.tensor([s for row in found for s, _ in row]).repeat_interleave(lengths), valid)
     last = torch.tensor([row[-1][0] if row else 0 for row in found])  # padding belongs to the last document: unbroken runs
     document = torch.where(valid, owner, last[:, None])
     return Tokens(joined("x"), joined("position"), valid, document, None if model.order is None else joined("order"))
@@ -68,3 +64,10 @@ def _model(found: Sequence[Tokens], name: str) -> Tokens:
             f"some samples of {name} have an order and some have none; give such sources steps of their own (unit: batch)"
         )
     return found[0]
+
+
+def _filled(flat: Tensor, valid: Tensor) -> Tensor:
+    """All tokens in order (T, ...) put into the valid places (B, N) of rows of zeros: (B, N, ...)."""
+    out = flat.new_zeros(*valid.shape, *flat.shape[1:])
+    out[valid] = flat
+    return out

@@ -129,7 +129,9 @@ class Extent(NamedTuple):
 
     def cut(self, content: bytes) -> dict[str, bytes]:
         """The members from the bytes of the whole extent."""
-        return self.whole({e: content[at - self.offset : at - self.offset + size] for e, at, size in self.members})
+        start = self.offset
+        found = {e: content[at - start : at - start + size] for e, at, size in self.members}
+        return found if len(content) == self.size else self.whole(found)
 
     def whole(self, content: dict[str, bytes]) -> dict[str, bytes]:
         """`content` if nothing of it is missing, else OSError."""

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +19,8 @@ from headwater.datamodules.collate import Sample
 from headwater.datamodules.files import Cache, File, expand, filesystem, insist, is_remote
 from headwater.datamodules.index import Card, ShardIndex, fits, load_card, load_index
 from headwater.datamodules.order import Order, Places
-from headwater.datamodules.streams import Stream
+from headwater.datamodules.streams import Stream, fitting
 from headwater.model import Reader
-from headwater.tokens import Tokens
 
 PICKLES = {"pkl", "pickle", "pyd", "pth", "pt", "joblib"}
 OPEN = 256  # shards that one worker keeps open per source
@@ -108,7 +106,7 @@ class OpenSource:
         out = []
         columns = (numbers.tolist(), seeds.tolist(), places.shard.tolist(), places.row.tolist())
         for k, (number, seed, shard, row) in enumerate(zip(*columns)):
-            view = {name: draws[k] for name, draws in views.items()}
+            view = {name: draws[k] for name, draws in views.items()} if views else views
             sample, faults = self._sample(found[k], view, shard, row)
             out.append(Read(sample, number, seed, faults))
         return out
@@ -144,7 +142,7 @@ class OpenSource:
         rows = list(zip(places.shard.tolist(), places.row.tolist()))
         if not self.cache and rows and is_remote(self.cards[rows[0][0]].path):
             return self._ranges(rows)
-        return [_attempt(partial(self._local, shard, row)) for shard, row in rows]
+        return [attempt(self._local, shard, row) for shard, row in rows]
 
     def _local(self, shard: int, row: int) -> dict[str, bytes]:
         index, file = self._shard(shard)
@@ -156,7 +154,7 @@ class OpenSource:
         paths = [filesystem(self.cards[shard].path)[1] for shard, _ in rows]
         starts, ends = [e.offset for e in extents], [e.offset + e.size for e in extents]
         found = insist(lambda: store.cat_ranges(paths, starts, ends, on_error="raise"))
-        return [_attempt(partial(extent.cut, content)) for extent, content in zip(extents, found, strict=True)]
+        return [attempt(extent.cut, content) for extent, content in zip(extents, found, strict=True)]
 
     def _sample(
         self, members: dict[str, bytes] | Exception, view: dict[str, Tensor], shard: int, row: int
@@ -165,12 +163,6 @@ class OpenSource:
         if isinstance(members, Exception):
             return {}, [f"{where}: sample {row}: {said(members)}"]
         sample, faults = self.stream.tokens(self.readers, members, view)
-        for name, t in list(sample.items()):
-            try:
-                fitting(self.readers[name], t)
-            except ValueError as error:
-                faults[name] = error
-                del sample[name]
         if not faults:
             return sample, []
         key = self._shard(shard)[0].key(row)
@@ -226,24 +218,11 @@ def chosen(name: str, source: Source, readers: dict[str, Reader], members: Colle
     return found
 
 
-def fitting(reader: Reader, t: Tokens) -> Tokens:
-    """The tokens of one sample, if they have the shape that the reader promises."""
-    if not isinstance(t, Tokens):
-        raise ValueError(f"{type(reader).__name__}.tokens gave a {type(t).__name__}; expected Tokens(x, position)")
-    x, position = t.x.shape, t.position.shape
-    promised = (x[0], *(() if reader.vocab else (reader.features,)))
-    if tuple(x) != promised or len(position) != 2 or position[0] != x[0]:
-        raise ValueError(
-            f"{type(reader).__name__}.tokens gave x {tuple(x)} and position {tuple(position)}; expected x "
-            f"{promised} by its features and vocab, and position (N, P)"
-        )
-    return t
-
-
-def _attempt(read: Callable[[], dict[str, bytes]]) -> dict[str, bytes] | Exception:
+def attempt(read: Callable[..., dict[str, bytes]], *where: Any) -> dict[str, bytes] | Exception:
+    """What was read, or the error: it costs one sample, not the batch."""
     try:
-        return read()
-    except OSError as error:  # one sample, not the batch
+        return read(*where)
+    except OSError as error:
         return error
 
 

@@ -57,7 +57,7 @@ class Stream:
             if reader.member(named) is None:
                 continue
             try:
-                sample[name] = reader.tokens(reader.decode(named), views.get(name))
+                sample[name] = fitting(reader, reader.tokens(reader.decode(named), views.get(name)))
             except Exception as error:  # any decoder may raise anything on damaged bytes; the sample is named, not lost
                 faults[name] = error
         return sample, faults
@@ -128,14 +128,28 @@ class Interleaved(Stream):
 
     def _segment(self, reader: Reader, kind: str, content: str, members: dict[str, bytes], view: Tensor | None) -> Tokens:
         if kind == "text":
-            return reader.tokens(content, view)
+            return fitting(reader, reader.tokens(content, view))
         if content not in members:
             raise ValueError(f"the document names the picture {content!r}; its members are {', '.join(members)}")
-        return reader.tokens(reader.decode({content.rpartition(".")[2]: members[content]}), view)
+        return fitting(reader, reader.tokens(reader.decode({content.rpartition(".")[2]: members[content]}), view))
 
     @staticmethod
     def _pictures(reader: Reader, members: Collection[str]) -> list[str]:
         return sorted(m for m in members if m.rpartition(".")[2] in reader.extensions)
+
+
+def fitting(reader: Reader, t: Tokens) -> Tokens:
+    """The tokens of one sample, if they have the shape that the reader promises."""
+    if not isinstance(t, Tokens):
+        raise ValueError(f"{type(reader).__name__}.tokens gave a {type(t).__name__}; expected Tokens(x, position)")
+    x, position = t.x.shape, t.position.shape
+    promised = (x[0], *(() if reader.vocab else (reader.features,)))
+    if tuple(x) != promised or len(position) != 2 or position[0] != x[0]:
+        raise ValueError(
+            f"{type(reader).__name__}.tokens gave x {tuple(x)} and position {tuple(position)}; expected x "
+            f"{promised} by its features and vocab, and position (N, P)"
+        )
+    return t
 
 
 def counted(reader: Reader, member: str, size: int, hints: dict[str, float]) -> int | None:

@@ -237,9 +237,7 @@ def patches(frames: np.ndarray, time: int, patch: int) -> Tensor:
     steps, height, width, channels = frames.shape
     rows, columns = height // patch, width // patch
     cut = frames.reshape(steps // time, time, rows, patch, columns, patch, channels).transpose(0, 2, 4, 1, 3, 5, 6)
-    x = np.empty(cut.shape, frames.dtype)
-    x[...] = cut
-    return torch.from_numpy(x.reshape(-1, time * patch * patch * channels))
+    return torch.from_numpy(cut.copy().reshape(-1, time * patch * patch * channels))
 
 
 @lru_cache(maxsize=4096)
