@@ -173,11 +173,18 @@ class ShardDataModule(pl.LightningDataModule):
     def _loader(self, data: ShardDataset) -> DataLoader:
         workers = min(self.workers, data.steps or self.workers)
         if not workers:
-            return DataLoader(data, None)
+            return DataLoader(data, None, collate_fn=as_it_is)
         ahead = max(1, min(4, self.notice // workers - 1))  # a change of weights must not find its steps read already
         atexit.register(data.closing.fill_, 1)
-        how = {"multiprocessing_context": self.start, "worker_init_fn": outlive_signals}
-        return DataLoader(data, None, num_workers=workers, prefetch_factor=ahead, **how)  # type: ignore[arg-type]
+        return DataLoader(
+            data,
+            None,
+            collate_fn=as_it_is,
+            num_workers=workers,
+            prefetch_factor=ahead,
+            multiprocessing_context=self.start,
+            worker_init_fn=outlive_signals,
+        )
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Take the list of faults out of the batch and stop when there are too many."""
@@ -199,6 +206,11 @@ class ShardDataModule(pl.LightningDataModule):
             name: readers[name.partition("@")[0]].prepare(value) if isinstance(value, Tokens) else value
             for name, value in batch.items()
         }
+
+
+def as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """The dataset gives whole batches; torch's own conversion would walk through every one of them."""
+    return batch
 
 
 def outlive_signals(worker: int) -> None:

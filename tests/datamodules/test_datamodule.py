@@ -8,11 +8,14 @@ import torch
 from recorder import digest
 
 from headwater.datamodules.datamodule import ShardDataModule
-from headwater.datamodules.plan import Arrange
-from headwater.datamodules.sources import Source
+from headwater.datamodules.mixture import Ledger
+from headwater.datamodules.plan import Arrange, Plan
+from headwater.datamodules.shards import ShardDataset
+from headwater.datamodules.sources import OpenSource, Source
 from headwater.modalities.audio import AudioReader
 from headwater.modalities.image import ImageReader
 from headwater.modalities.text import TextReader
+from headwater.modalities.video import VideoReader
 
 READERS = {"image": ImageReader(32, 16), "text": TextReader(length=32), "audio": AudioReader(seconds=0.3)}
 TRAIN = {
@@ -120,3 +123,36 @@ def test_arranged_and_packed_batches_of_the_embedded_shards():
         return torch.tensor([b["text"].valid.float().mean().item() for b in islice(data.train_dataloader(), 8)]).mean()
 
     assert share(sorted_) > 1.2 * share(plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pack": {"image": 12, "text": 60, "audio": 40}},
+        {"arrange": Arrange("length", 4)},
+        {"arrange": Arrange("txt.words", 4, join=True), "pack": {"image": 12, "text": 60, "audio": 40}},
+        {"unit": "sample", "arrange": Arrange("length", 4)},
+    ],
+    ids=["packed", "arranged", "joined", "mixed"],
+)
+def test_planned_batches_go_on_where_they_were_with_other_workers(options):
+    options = {"batch_size": 12, **options}
+    whole = [digest(b) for b in islice(module(**options).train_dataloader(), 14)]
+    assert [digest(b) for b in islice(module(step=9, workers=2, **options).train_dataloader(), 5)] == whole[9:]
+
+
+def test_packed_sounds_and_clips_are_those_of_rows_of_their_own():
+    readers = {"audio": AudioReader(seconds=1.0), "video": VideoReader(56, 28, frames=6)}
+    for name, source in (("audio", "embedded:sounds-test-*.tar"), ("video", "embedded:episodes-test-*.tar")):
+        opened = OpenSource("s", Source(source, modalities=[name]), readers, 0, 4)
+        plain, packed = (
+            ShardDataset(Plan([opened], Ledger([1.0]), 16, pack=limits)).batch(2) for limits in (None, {name: 60})
+        )
+        place = {number: k for k, number in enumerate(packed["sample"].tolist())}
+        assert packed[name].x.shape[1] <= 60
+        assert len(packed[name].x) < 16
+        for row, number in enumerate(plain["sample"].tolist()):
+            mine = packed[name].valid & (packed[name].document == place[number])
+            alone = plain[name].valid[row]
+            assert torch.equal(packed[name].x[mine], plain[name].x[row][alone])
+            assert torch.equal(packed[name].position[mine], plain[name].position[row][alone])
