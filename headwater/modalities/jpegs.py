@@ -24,13 +24,11 @@ class SimplejpegJpeg(Jpeg):
     def __init__(self, content: bytes) -> None:
         import simplejpeg
 
-        self._content = content
+        self._content, self._decode = content, simplejpeg.decode_jpeg
         self.height, self.width, _, _ = simplejpeg.decode_jpeg_header(content)
 
     def pixels(self, height: int, width: int) -> np.ndarray:
-        import simplejpeg
-
-        return simplejpeg.decode_jpeg(self._content, "RGB", min_height=height, min_width=width)
+        return self._decode(self._content, "RGB", min_height=height, min_width=width)
 
 
 class PillowJpeg(Jpeg):
