@@ -145,9 +145,7 @@ def test_packed_sounds_and_clips_are_those_of_rows_of_their_own():
     readers = {"audio": AudioReader(seconds=1.0), "video": VideoReader(56, 28, frames=6)}
     for name, source in (("audio", "embedded:sounds-test-*.tar"), ("video", "embedded:episodes-test-*.tar")):
         opened = OpenSource("s", Source(source, modalities=[name]), readers, 0, 4)
-        plain, packed = (
-            ShardDataset(Plan([opened], Ledger([1.0]), 16, pack=limits)).batch(2) for limits in (None, {name: 60})
-        )
+        plain, packed = (ShardDataset(Plan([opened], Ledger([1.0]), 16, pack=limits)).batch(2) for limits in (None, {name: 60}))
         place = {number: k for k, number in enumerate(packed["sample"].tolist())}
         assert packed[name].x.shape[1] <= 60
         assert len(packed[name].x) < 16
