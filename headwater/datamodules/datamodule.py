@@ -208,7 +208,7 @@ class ShardDataModule(pl.LightningDataModule):
         }
 
 
-def as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+def as_it_is(batch: Any) -> Any:
     """The dataset gives whole batches; torch's own conversion would walk through every one of them."""
     return batch
 
