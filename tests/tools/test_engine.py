@@ -7,12 +7,15 @@ import sys
 import time
 from functools import partial
 from itertools import count, islice
+from pathlib import Path
 
 import pytest
 
 from headwater.datamodules.files import expand
+from headwater.datamodules.index import load_index
 from headwater.tools.checks import check
 from headwater.tools.engine import spread
+from headwater.tools.shard import shard
 
 
 def inverse(item, scale=1):
@@ -110,13 +113,23 @@ def test_without_ray_the_message_names_the_extra(monkeypatch):
 def test_ray_gives_what_processes_give(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # tasks run in another folder and must find `doomed`
+    monkeypatch.chdir(tmp_path)
     paths = [*expand("embedded:things-*.tar"), str(tmp_path / "none.tar")]
+    Path("raw").mkdir()
+    for name in ("one", "two", "three"):
+        Path(f"raw/{name}.txt").write_text(f"the text {name}")
+    Path("raw/broken.png").write_bytes(b"not a picture")
     ray.init(num_cpus=2, include_dashboard=False)
     try:
+        shard("raw", "by_ray", engine="ray")
         spread_out = list(spread(partial(check, decode=False), paths, engine="ray"))
         died = list(spread(doomed, [1, 2, 3], jobs=2, engine="ray"))
     finally:
         ray.shutdown()
+    shard("raw", "here")
+    for name in ("train-00000.tar", "skipped.jsonl"):
+        assert Path("by_ray", name).read_bytes() == Path("here", name).read_bytes()
+    assert len(load_index("by_ray/train-00000.tar")) == 3
     here = list(spread(partial(check, decode=False), paths, jobs=1))
     assert len(spread_out) == len(paths)
     for ours, theirs in zip(here, spread_out):
