@@ -28,6 +28,11 @@ class Ledger:
     def __len__(self) -> int:
         return int(self._count)
 
+    @property
+    def sources(self) -> int:
+        """How many weights an entry has."""
+        return self._rows.shape[1] - 1
+
     def add(self, step: int, weights: Sequence[float]) -> None:
         """From `step` on these weights hold; steps only grow."""
         given = torch.tensor([step, *weights], dtype=torch.float64)
@@ -74,17 +79,13 @@ class Mixture:
 
     def step(self, step: int) -> Turns:
         """The turns of one step."""
-        before = np.zeros(self.ledger._rows.shape[1] - 1, np.int64)
-        entries = [entry for entry in self.ledger.entries if entry[0] <= step]
-        for (start, weights), (end, _) in pairwise(entries):
-            before = before + taken((end - start) * self.turns, weights)
-        start, weights = entries[-1]
+        start, weights = [entry for entry in self.ledger.entries if entry[0] <= step][-1]
         source, count = turns((step - start) * self.turns, self.turns, weights)
-        return Turns(source, count + before[source])
+        return Turns(source, count + self.counts(start)[source])
 
     def counts(self, step: int) -> np.ndarray:
         """(sources,) turns that each had before `step`."""
-        total = np.zeros(self.ledger._rows.shape[1] - 1, np.int64)
+        total = np.zeros(self.ledger.sources, np.int64)
         entries = [*(entry for entry in self.ledger.entries if entry[0] < step), (step, ())]
         for (start, weights), (end, _) in pairwise(entries):
             total = total + taken((end - start) * self.turns, weights)

@@ -81,6 +81,10 @@ class Plan:
     ) -> None:
         if last != "wrap" and unit == "sample" and len(sources) > 1:
             raise ValueError(f"last={last!r} needs steps of one source; found unit='sample'. Take unit='batch' or last='wrap'")
+        if arrange:
+            known = {"length", *(name for source in sources for name in (*source.readers, *source.hints))}
+            if arrange.by not in known:
+                raise ValueError(f"found arrange.by={arrange.by!r}; expected one of {', '.join(sorted(known))}")
         self.sources, self.batch_size, self.unit, self.last = list(sources), batch_size, unit, last
         self.seed, self.arrange, self.pack, self.ledger = seed, arrange, pack, ledger
         self.mixture = Mixture(ledger, batch_size if unit == "sample" else 1)

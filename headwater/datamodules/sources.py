@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,6 +95,11 @@ class OpenSource:
         """What the index could not use."""
         return [fault for card in self.cards for fault in card.faults]
 
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """Names of the facts that the indices hold."""
+        return tuple(sorted({name for card in self.cards for name in card.hints}))
+
     def read(self, index: np.ndarray) -> list[Read]:
         """Samples of the order by their numbers (K,)."""
         places = self.order.places(index)
@@ -141,7 +147,8 @@ class OpenSource:
         """The members of every sample, or why they cannot be read. Ranges of a remote source are asked for together."""
         rows = list(zip(places.shard.tolist(), places.row.tolist()))
         if not self.cache and rows and is_remote(self.cards[rows[0][0]].path):
-            return self._ranges(rows)
+            with suppress(OSError):  # which of them fails shows when each is asked for alone
+                return self._ranges(rows)
         return [attempt(self._local, shard, row) for shard, row in rows]
 
     def _local(self, shard: int, row: int) -> dict[str, bytes]:

@@ -32,6 +32,7 @@ class StreamSource:
     )
     total = sys.maxsize
     faults: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
     def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
         self.name, self.source, self.seed, self.number, self.window = name, source, seed, number, window
@@ -42,7 +43,7 @@ class StreamSource:
         if first is None:
             raise ValueError(f"source {name} gave no sample from {self.urls[0]}: {'; '.join(self.broken) or 'it is empty'}")
         self.readers = chosen(name, source, readers, tuple(first[1]))
-        self._passing: Iterator[tuple[str, dict[str, bytes]]] | None = None
+        self._passing: Iterator[tuple[int, str, dict[str, bytes]]] | None = None
 
     def read(self, index: np.ndarray) -> list[Read]:
         """The next samples that this process meets; which numbers were asked for does not matter."""
@@ -50,9 +51,9 @@ class StreamSource:
             self._passing = self._endless()
         out = []
         for _ in range(len(index)):
-            key, members = next(self._passing)
+            time, key, members = next(self._passing)
             number = (self.number << 40) + (content_hash(key.encode()) & ((1 << 40) - 1))
-            seed = random.seed_of(self.seed, self.number, number)
+            seed = random.seed_of(self.seed, time, self.number, number)
             view = {name: random.fold(torch.tensor(seed), name) for name in self.source.views or ()}
             sample, faults = self.stream.tokens(self.readers, members, view)
             broken, self.broken = self.broken, []
@@ -63,24 +64,28 @@ class StreamSource:
         """Cannot be known."""
         raise ValueError(f"source {self.name} is a stream without an index; it cannot be packed or arranged by length")
 
-    hint = lengths  # type: ignore[assignment]
+    def hint(self, name: str, index: np.ndarray) -> np.ndarray:
+        """Cannot be known either."""
+        return np.full(len(index), np.nan)
 
-    def _endless(self) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _endless(self) -> Iterator[tuple[int, str, dict[str, bytes]]]:
+        """How many times the stream was read before, key and members."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader, count = distributed.rank() * workers + number, distributed.world() * workers
         whole = len(self.urls) >= count
         urls = self.urls[reader::count] if whole else self.urls
-        empty = 0
+        empty = time = 0
         while empty < 3:
             empty += 1
-            for place, sample in enumerate(self._samples(urls)):
+            for place, (key, members) in enumerate(self._samples(urls, time)):
                 if whole or place % count == reader:
                     empty = 0
-                    yield sample
+                    yield time, key, members
+            time += 1
         raise RuntimeError(f"source {self.name}: the stream {urls[0]} gave no sample three times: {'; '.join(self.broken)}")
 
-    def _samples(self, urls: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _samples(self, urls: Sequence[str], time: int = 0) -> Iterator[tuple[str, dict[str, bytes]]]:
         import webdataset
 
         def note(error: Exception) -> bool:
@@ -89,7 +94,7 @@ class StreamSource:
 
         stages = [webdataset.SimpleShardList(list(urls)), webdataset.tarfile_to_samples(handler=note)]
         if self.window:
-            stages.append(webdataset.shuffle(1000, rng=Random(self.seed)))
+            stages.append(webdataset.shuffle(1000, rng=Random(random.seed_of(self.seed, time))))
         for sample in webdataset.DataPipeline(*stages):
             yield sample["__key__"], {k.lower(): v for k, v in sample.items() if isinstance(v, bytes)}
 

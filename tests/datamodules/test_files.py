@@ -147,6 +147,13 @@ def test_a_store_that_fails_now_and_then_is_asked_again(monkeypatch):
     assert pauses == ["asked"]
 
 
+def test_a_shard_that_is_gone_costs_its_samples_only(bucket):
+    store = fsspec.filesystem("memory")
+    source = OpenSource("s", Source(bucket), READERS, 0, 0)
+    store.rm("/bucket/a-001.tar")
+    assert [bool(one.faults) for one in source.read(np.arange(40))] == [k // 10 == 1 for k in range(40)]
+
+
 def test_a_cut_range_is_a_fault_of_its_sample(bucket):
     store = fsspec.filesystem("memory")
     content = store.cat("/bucket/a-001.tar")
@@ -164,7 +171,12 @@ def test_streams_are_read_through_webdataset(pattern, shards, site):
     source = open_source("s", Source(pattern.format(shards if "pipe" in pattern else site)), READERS, 0, 2)
     assert isinstance(source, StreamSource)
     assert len(source.lost) == 3
-    seen = texts(source, 80)
+    read = source.read(np.arange(80))
+    seen = [READERS["text"].restore(r.sample["text"].map(lambda f: f[None])) for r in read]
+    first, second = ({r.number: r.seed for r in part} for part in (read[:40], read[40:]))
+    assert first.keys() == second.keys()
+    assert all(first[n] != second[n] for n in first)  # another view and mask each time round
+    assert seen[:40] != seen[40:]  # and another order
     assert set(seen) == {f"text {k}" for k in range(40)}
     assert all(seen.count(text) == 2 for text in seen)
 

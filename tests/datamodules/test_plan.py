@@ -17,7 +17,7 @@ class Lengths:
     def __init__(self, name, total, batch_size=None):
         self.name, self.total = name, total
         self.source = SimpleNamespace(batch_size=batch_size, weight=1.0)
-        self.readers = {"text": None, "image": None}
+        self.readers, self.hints = {"text": None, "image": None}, ("txt.cluster",)
         self.text, self.image = rng.integers(1, 60, total), rng.integers(0, 30, total)
 
     def lengths(self, index):
@@ -56,6 +56,11 @@ def test_the_last_batch_of_an_epoch(last, sizes):
 def test_policies_that_need_whole_batches_of_one_source_say_so():
     with pytest.raises(ValueError, match="unit='batch'"):
         plan(Lengths("a", 50), Lengths("b", 50), unit="sample", last="drop")
+
+
+def test_what_nobody_knows_cannot_be_arranged_by():
+    with pytest.raises(ValueError, match="expected one of image, length, text, txt.cluster"):
+        plan(Lengths("a", 50), arrange=Arrange("txt.clusters"))
 
 
 @pytest.mark.parametrize("unit", ["batch", "sample"])
