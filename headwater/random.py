@@ -51,8 +51,8 @@ def seeds_of(*numbers: np.ndarray | int) -> np.ndarray:
     """The same for whole columns: (K,) integers, or one for all -> (K,) int64."""
     seed = np.zeros(1, np.uint64)
     for number in numbers:
-        other = _mix_array(np.atleast_1d(np.asarray(number, np.int64)).astype(np.uint64) * np.uint64(_GOLDEN & _WORD))
-        seed = _mix_array((seed + np.uint64(1)) * np.uint64(_GOLDEN & _WORD) + other)
+        other = mix(np.atleast_1d(np.asarray(number, np.int64)).astype(np.uint64) * np.uint64(_GOLDEN & _WORD))
+        seed = mix((seed + np.uint64(1)) * np.uint64(_GOLDEN & _WORD) + other)
     return (seed & np.uint64(_WORD >> 1)).astype(np.int64)
 
 
@@ -62,7 +62,8 @@ def _mix_int(x: int) -> int:
     return x ^ x >> 31
 
 
-def _mix_array(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 for (K,) uint64: equal sums of it mean equal parts, but for chance."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(_FIRST & _WORD)
     x = (x ^ x >> np.uint64(27)) * np.uint64(_SECOND & _WORD)
     return x ^ x >> np.uint64(31)

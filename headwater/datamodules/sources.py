@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from headwater import random
 from headwater.datamodules.collate import Sample
+from headwater.datamodules.faults import PICKLES, said
 from headwater.datamodules.files import Cache, File, expand, filesystem, insist, is_remote
 from headwater.datamodules.index import Card, ShardIndex, fits, load_card, load_index
 from headwater.datamodules.order import Order, Places
 from headwater.datamodules.streams import Stream, fitting
 from headwater.model import Reader
 
-PICKLES = {"pkl", "pickle", "pyd", "pth", "pt", "joblib"}
 OPEN = 256  # shards that one worker keeps open per source
 
 
@@ -231,8 +230,3 @@ def attempt(read: Callable[..., dict[str, bytes]], *where: Any) -> dict[str, byt
         return read(*where)
     except OSError as error:
         return error
-
-
-def said(error: Exception) -> str:
-    """An error in words that are the same each time."""
-    return f"{type(error).__name__}: " + re.sub(r" at 0x[0-9a-f]+", "", str(error))

@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import get_worker_info
 
 from headwater import distributed, random
+from headwater.datamodules.faults import said
 from headwater.datamodules.files import expand, filesystem, is_remote
 from headwater.datamodules.index import content_hash
-from headwater.datamodules.sources import OpenSource, Read, Source, chosen, said
+from headwater.datamodules.sources import OpenSource, Read, Source, chosen
 from headwater.datamodules.streams import Stream
 from headwater.model import Reader
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from headwater.datamodules.faults import PICKLES, said
 from headwater.datamodules.files import File
 from headwater.datamodules.index import BLOCK, ShardIndex, content_hash, scan
-from headwater.tools.decode import KIND, PICKLES, describe
-from headwater.tools.engine import said
+from headwater.tools.decode import KIND, describe
 from headwater.tools.index_shards import current
 from headwater.tools.remote import fetched, named, size_of
 from headwater.tools.sets import key_prints

@@ -19,7 +19,6 @@ EXTENSIONS = {
     "text": ("txt", "cls"),
     "json": ("json",),
 }
-PICKLES = ("joblib", "pickle", "pkl", "pt", "pth", "pyd")  # they run code when they are read, or are code
 PIXELS = 89_478_485  # of a picture or frame; Pillow warns from there on, and raises at twice as many
 KIND = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 

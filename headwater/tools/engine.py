@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -12,6 +11,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, Literal, NamedTuple
+
+from headwater.datamodules.faults import said
 
 Engine = Literal["local", "ray"]
 AHEAD = 2  # items under way per job: a slow one does not leave the others idle, and results do not pile up
@@ -52,12 +53,6 @@ def attempt(function: Callable[[Any], Any], item: Any) -> Result:
         return Result(item, function(item))
     except Exception as error:
         return Result(item, None, said(error))
-
-
-def said(error: BaseException) -> str:
-    """The class and the words of an error, the same each time: without the addresses of objects."""
-    words = re.sub(r" at 0x[0-9a-f]+", "", str(error))
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _in_order(

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
+from headwater.datamodules.faults import said
 from headwater.datamodules.files import File, expand
 from headwater.datamodules.index import BLOCK, ShardIndex, content_hash, fits, saved_index, scan
-from headwater.tools.engine import Engine, Result, said, spread
+from headwater.tools.engine import Engine, Result, spread
 from headwater.tools.lengths import measure, promised
 from headwater.tools.remote import absolute, fetched, named, save, size_of
 from headwater.tools.sets import sets_of

@@ -33,8 +33,10 @@ def key_prints(index: ShardIndex) -> np.ndarray:
 
 def content_prints(index: ShardIndex) -> np.ndarray:
     """(S,) uint64: a hash of all members of each sample in any order, extensions included; 0 where a hash was not taken."""
+    from headwater.random import mix  # imports torch, which `headwater stats --help` does without
+
     names = np.array([content_hash(e.encode()) for e in index.extensions], np.uint64)
-    mixed = _mixed(index.hash ^ names[index.kind] ^ _mixed(index.bytes.astype(np.uint64)))
+    mixed = mix(index.hash ^ names[index.kind] ^ mix(index.bytes.astype(np.uint64)))
     sums = np.add.reduceat(mixed, index.first[:-1]) if len(index) else mixed
     unknown = np.logical_or.reduceat(index.hash == 0, index.first[:-1]) if len(index) else mixed.astype(bool)
     return np.where(unknown, np.uint64(0), np.maximum(sums, np.uint64(1)))
@@ -45,10 +47,3 @@ def repeated(prints: Iterable[np.ndarray]) -> np.ndarray:
     together = np.sort(np.concatenate([*prints, np.empty(0, np.uint64)]))
     twice = together[1:][together[1:] == together[:-1]]
     return np.unique(twice[twice > 0])
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): equal sums of it mean equal parts, but for chance."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

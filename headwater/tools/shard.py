@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from headwater.tools.decode import KIND, PICKLES
+from headwater.datamodules.faults import PICKLES
+from headwater.tools.decode import KIND
 from headwater.tools.engine import Engine
 from headwater.tools.ingest.corpora import matches_common_voice, matches_librispeech, read_common_voice, read_librispeech
 from headwater.tools.ingest.fetch import FETCH, Fetch, clear, fetch_all
@@ -68,7 +69,7 @@ def shard(
     root, folder = (Path(one).absolute() if engine == "ray" else Path(one) for one in (source, out))
     old = _refuse(root, folder, samples, train, size, overwrite)
     extensions = [extension.lstrip(".").lower() for extension in _listed(keep)]
-    if pickled := {*extensions} & {*PICKLES}:
+    if pickled := PICKLES & {*extensions}:
         raise SystemExit(f"found --keep {min(pickled)}; a pickle runs code when it is read and is never taken; save arrays as .npy")
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     get = partial(fetch_all, out=folder, how=fetch, retry=retry, wanted={*KIND, *extensions}, progress=console.is_terminal)

@@ -20,8 +20,6 @@ from headwater.datamodules.mixture import Ledger
 from headwater.datamodules.plan import Plan
 from headwater.datamodules.shards import ShardDataset
 from headwater.datamodules.sources import OpenSource, Source
-from headwater.modalities import Action, Audio, Image, Text
-from headwater.trunk import Trunk
 
 CORPUS = cases()
 
@@ -81,17 +79,7 @@ def test_a_shard_has_a_bounded_number_of_extensions(tmp_path, monkeypatch):
     assert "0.one has the extension number 3" in index.faults[0]
 
 
-def test_an_epoch_over_all_broken_tars_counts_every_sample_once(folder):
-    def trunk():
-        return Trunk(8, 1, 2)
-
-    encoders = {
-        "image": Image(trunk(), patch=16),
-        "text": Text(trunk()),
-        "audio": Audio(trunk()),
-        "action": Action(trunk(), choices=7),
-    }
-    readers = {name: encoder.reader for name, encoder in encoders.items()}
+def test_an_epoch_over_all_broken_tars_counts_every_sample_once(folder, readers):
     source = OpenSource("broken", Source(str(folder)), readers, 0, 16)
     assert source.total == sum(len(load_index(path(folder, case))) for case in CORPUS)
     assert len(source.faults) > 1000

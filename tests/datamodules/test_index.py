@@ -1,9 +1,8 @@
-import io
 import os
-import tarfile
 
 import numpy as np
 import pytest
+from tars import make
 
 from headwater.datamodules import index as indexing
 from headwater.datamodules.files import File
@@ -24,15 +23,6 @@ def tar(tmp_path):
 def contents(index):
     with File(index.path) as file:
         return {str(key): index.read(file, row) for row, key in enumerate(index.keys)}
-
-
-def make(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def test_the_index_of_the_writer_equals_a_scan(tar):

@@ -59,7 +59,7 @@ def test_policies_that_need_whole_batches_of_one_source_say_so():
 
 
 def test_what_nobody_knows_cannot_be_arranged_by():
-    with pytest.raises(ValueError, match="expected one of image, length, text, txt.cluster"):
+    with pytest.raises(ValueError, match=r"expected one of image, length, text, txt\.cluster"):
         plan(Lengths("a", 50), arrange=Arrange("txt.clusters"))
 
 

@@ -15,24 +15,7 @@ from headwater.datamodules.shards import ShardDataset
 from headwater.datamodules.sources import OpenSource, Source
 from headwater.datamodules.writer import ShardWriter
 from headwater.embedded import place
-from headwater.modalities import Action, Audio, Image, Text, Video
 from headwater.tokens import Tokens
-from headwater.trunk import Trunk
-
-
-@pytest.fixture(scope="module")
-def readers():
-    def trunk():
-        return Trunk(8, 1, 2)
-
-    encoders = {
-        "image": Image(trunk(), patch=16),
-        "text": Text(trunk()),
-        "audio": Audio(trunk()),
-        "video": Video(trunk(), size=56, patch=28, frames=4),
-        "action": Action(trunk(), choices=7),
-    }
-    return {name: encoder.reader for name, encoder in encoders.items()}
 
 
 def open_source(readers, pattern, **options):

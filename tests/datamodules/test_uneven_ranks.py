@@ -1,5 +1,6 @@
 """Ranks that read mixed sources over shards of very different sizes: no one waits, and every sample is counted once."""
 
+import io
 from collections import Counter
 
 import numpy as np
@@ -23,8 +24,6 @@ TOTAL = sum(sum(sizes) for sizes in SIZES.values())
 
 
 def npy(values):
-    import io
-
     file = io.BytesIO()
     np.save(file, np.array(values))
     return file.getvalue()

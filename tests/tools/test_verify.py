@@ -1,14 +1,13 @@
 """`headwater verify`: every planted fault is named with its shard and sample, and quarantine loses nothing."""
 
-import io
 import json
 import os
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tars import make
 
 from headwater import cli
 from headwater.datamodules.files import File, expand
@@ -51,15 +50,6 @@ def flip(path, offset):
     content = bytearray(path.read_bytes())
     content[offset] ^= 0xFF
     path.write_bytes(content)
-
-
-def make(path, named):
-    with tarfile.open(path, "w") as archive:
-        for name, content in named:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def listed():

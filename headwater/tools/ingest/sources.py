@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headwater.tools.decode import KIND, PICKLES, extension_of
+from headwater.datamodules.faults import PICKLES
+from headwater.tools.decode import KIND, extension_of
 
 RANK = {extension: rank for rank, extension in enumerate(KIND)}
 
