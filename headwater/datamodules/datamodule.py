@@ -175,7 +175,7 @@ class ShardDataModule(pl.LightningDataModule):
         if not workers:
             return DataLoader(data, None, collate_fn=as_it_is)
         ahead = max(1, min(4, self.notice // workers - 1))  # a change of weights must not find its steps read already
-        atexit.register(data.closing.fill_, 1)
+        atexit.register(let_go, data.closing)
         return DataLoader(
             data,
             None,
@@ -211,6 +211,12 @@ class ShardDataModule(pl.LightningDataModule):
 def as_it_is(batch: Any) -> Any:
     """The dataset gives whole batches; torch's own conversion would walk through every one of them."""
     return batch
+
+
+def let_go(closing: torch.Tensor) -> None:
+    """Tell the workers of a loader that the main process exits."""
+    with torch.inference_mode():  # a loader of an evaluation was made in it, and its tensors cannot be changed outside
+        closing.fill_(True)
 
 
 def outlive_signals(worker: int) -> None:

@@ -64,6 +64,19 @@ def test_weights_must_name_every_source():
         module().reweigh({"things": 1})
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_workers_are_let_go_at_exit_of_evaluations_too(inference, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
+    data = module(workers=1)
+    with torch.inference_mode(inference):
+        loader = data.train_dataloader()
+    (call,) = at_exit
+    assert not loader.dataset.closing
+    call[0](*call[1:])
+    assert loader.dataset.closing
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 def test_workers_may_be_started_in_any_way(start):
     plain = [digest(b) for b in islice(module().train_dataloader(), 5)]
