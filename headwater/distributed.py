@@ -25,6 +25,21 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
+def summed(x: Tensor) -> Tensor:
+    """Sum of x over ranks, the same on all of them. Gradient: each rank's x gets the gradients of all ranks that used the sum."""
+    return x if world() == 1 else _Summed.apply(x)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return total(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return total(grad.contiguous())
+
+
 def lengths(n: int, device: torch.device) -> list[int]:
     """n of every rank."""
     if world() == 1:

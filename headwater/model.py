@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from headwater.init import INPUT, OUTPUT, TIED, Rule
 from headwater.pooling import POOLINGS, AttentionPool, Pooling
 from headwater.spec import Described, plain
-from headwater.tokens import Pooled, Tokens, split_rows
+from headwater.tokens import Pooled, Tokens, cat_rows, split_rows
 from headwater.trunk import Trunk
+from headwater.view import View
 
 Signal = Any  # what a reader decodes to: a uint8 picture (H, W, 3), a waveform, a string, an array of actions
 
@@ -25,10 +26,12 @@ class Reader(Described):
     """From the bytes of a sample to tokens. Plain and picklable, no parameters; it travels with the weights.
 
     extensions: shard members that it reads, the first one present wins. vocab: number of ids, or None for vectors of
-    `features` numbers.
+    `features` numbers. follows: the modality whose random views this one goes through too, such as the picture that boxes
+    lie on; None = it has draws of its own.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ()
+    follows: str | None = None
     features: int = 0
     vocab: int | None = None
 
@@ -44,10 +47,10 @@ class Reader(Described):
         """Worker: bytes -> native array or str. Raises ValueError or the decoder's own error when it cannot."""
         raise NotImplementedError(f"{type(self).__name__} does not decode")
 
-    def tokens(self, signal: Signal, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Signal, view: View | None = None) -> Tokens:
         """Worker: one sample's tokens, without the row dimension, compact (uint8 where the signal is).
 
-        view: an int64 seed from which a random view is made; None = the plain signal.
+        view: a random view of the signal, in the way that the reader's docstring tells; None = the plain signal.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no tokens")
 
@@ -81,7 +84,7 @@ class Encoder(nn.Module, Described):
 
     Adapters to other libraries override the four verbs; objectives use nothing else.
     width: D. embedded: the size of what `embed` gives, D unless a tower says otherwise. dim: size of the pooled vector.
-    maskable: forward may be given a subset of the tokens.
+    maskable: forward may be given a subset of the tokens. pointwise: `embed` looks at each token alone, so it may be given one too.
 
     Args:
         reader: how signals become tokens.
@@ -96,6 +99,7 @@ class Encoder(nn.Module, Described):
     """
 
     maskable: bool = True
+    pointwise: bool = True
 
     reader: Reader
     width: int
@@ -255,9 +259,18 @@ class Model(nn.Module):
     def encode(
         self, parts: dict[str, Tokens], causal: bool = False, condition: dict[str, Tensor] | None = None
     ) -> dict[str, Tokens]:
-        """Each modality alone. condition: modality -> (B, N or 1, D)."""
-        condition = condition or {}
-        return {name: self.encoder(name)(t, causal, condition.get(name)) for name, t in parts.items()}
+        """Each modality alone; views of one modality and shape in one pass. condition: modality -> (B, N or 1, D)."""
+        condition, out = condition or {}, {}
+        for names in alike(parts, condition):
+            if len(names) == 1:
+                out[names[0]] = self.encoder(names[0])(parts[names[0]], causal, condition.get(names[0]))
+            else:
+                whole, first = self.encoder(names[0])(cat_rows([parts[name] for name in names]), causal), 0
+                for name in names:
+                    rows = parts[name].position.shape[0]
+                    out[name] = whole.map(lambda field, start=first, count=rows: field[start : start + count])  # type: ignore[misc]
+                    first += rows
+        return {name: out[name] for name in parts}
 
     def forward(
         self, parts: dict[str, Tokens], causal: bool = False, condition: dict[str, Tensor] | None = None
@@ -271,24 +284,38 @@ class Model(nn.Module):
         return fused | self.encode({name: fused[name] for name in waiting}, causal, condition)
 
     def represent(self, batch: dict[str, Tokens]) -> dict[str, Pooled]:
-        """Raw tokens -> one vector per sample and modality, (S, dim), each modality alone.
+        """Raw tokens -> one vector per sample and modality, (S, dim), each modality alone."""
+        return self.in_pieces(self._represent, batch)
 
-        With `chunks` > 1 the rows go through in pieces and backward makes each piece again, so that memory holds the
-        activations of one piece only and losses that compare all samples have their exact gradient (GradCache, Gao et al.
-        2021, arXiv:2101.06983).
+    def in_pieces(self, ask: Callable[[dict[str, Tokens]], dict[str, Pooled]], batch: dict[str, Tokens]) -> dict[str, Pooled]:
+        """`ask` of a batch, whose answers are vectors of samples; with `chunks` > 1 of pieces of its rows, one after the other.
+
+        Backward asks for each piece again, so that memory holds the activations of one piece only and losses that compare
+        all samples have their exact gradient (GradCache, Gao et al. 2021, arXiv:2101.06983).
+
+        A sample may have several vectors. batch: Tokens only, which are cut by rows; a mask (B, N) goes as Tokens of which it is x.
         """
         if self.chunks == 1 or not torch.is_grad_enabled():
-            return self._represent(batch)
+            return ask(batch)
         pieces = split_rows(batch, self.chunks)
-        made = [checkpoint(self._represent, piece, use_reentrant=False) for piece in pieces]
+        made = [checkpoint(ask, piece, use_reentrant=False) for piece in pieces]
         rows = [next(iter(piece.values())).position.shape[0] for piece in pieces]
+        packed = any(t.document is not None for t in batch.values())
+        first = [0 if packed else sum(rows[:i]) for i in range(len(pieces))]
         out = {}
-        for name, t in batch.items():
-            first = [0 if t.document is not None else sum(rows[:i]) for i in range(len(pieces))]
+        for name in made[0]:
             sample = torch.cat([piece[name].sample + start for piece, start in zip(made, first, strict=True)])
-            order = sample.argsort()
+            order = sample.argsort(stable=True)
             out[name] = Pooled(torch.cat([piece[name].x for piece in made])[order], sample[order])
         return out
+
+    def only(self, names: Sequence[str], fusion: bool = False) -> Model:
+        """A model of some of the encoders, with or without the fusion, that shares them with this one: what a teacher copies."""
+        kept = list(dict.fromkeys(name.partition("@")[0] for name in names))
+        made = Model({name: self.encoder(name) for name in kept}, frozen=[name for name in kept if name in self.frozen])
+        made.fusion, made.space = self.fusion if fusion else None, self.space
+        made.projections = nn.ModuleDict({name: self.projections[name] for name in kept} if self.space else {})
+        return made.train(self.training)
 
     def _represent(self, batch: dict[str, Tokens]) -> dict[str, Pooled]:
         encoded = self.encode(self.embed(batch))
@@ -298,6 +325,16 @@ class Model(nn.Module):
         """Contextual tokens of one modality, before fusion -> one vector per sample, (S, dim)."""
         pooled = self.encoder(name).pool(t)
         return pooled._replace(x=self.projections[name.partition("@")[0]](pooled.x)) if self.space else pooled
+
+
+def alike(parts: dict[str, Tokens], condition: dict[str, Tensor]) -> list[list[str]]:
+    """Names whose tokens can go through their encoder in one pass: views of one modality, of equal shape, one sample per row."""
+    groups: dict[tuple, list[str]] = {}
+    for name, t in parts.items():
+        alone = t.document is not None or name in condition
+        key = (name,) if alone else (name.partition("@")[0], t.x.shape[1:], t.position.shape[1:], t.order is None)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 def tower(name: str) -> Encoder:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headwater import distributed, random
 from headwater.init import Normal, factors, initialise
-from headwater.model import Model
+from headwater.model import Model, Reader
 from headwater.objectives.objective import Batch, Objective, Term, weighted_sum
 from headwater.tokens import Tokens
 from headwater.training.schedules import Cosine
@@ -62,6 +62,17 @@ class Pretrainer(pl.LightningModule):
         if init is not None:
             initialise(self, seed, init)
 
+    @property
+    def readers(self) -> dict[str, Reader]:
+        """Of every modality, every view that the objective asks for, and its labels."""
+        every = {**self.backbone.readers, **self.objective.readers}
+        return every | {name: every[name.partition("@")[0]] for name in self.objective.views}
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return min(1.0, self.global_step / max(1, self.trainer.max_steps))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(decay_groups(self, factors(self, self.init)))
 
@@ -92,6 +103,7 @@ class Pretrainer(pl.LightningModule):
         torch.manual_seed(random.seed_of(self.seed, self.global_step, self.global_rank))  # dropout too is a function of the step
         optimizer: Any = self.optimizers()
         self.apply_schedule(optimizer)
+        batch = {**batch, "progress": self.progress, "step": self.global_step}
         optimizer.zero_grad()
         pieces = [self.hide(piece) for piece in self.objective.pieces(batch, self.micro)]
         numbers = count([self.objective.numbers(piece) for piece in pieces])
@@ -107,7 +119,7 @@ class Pretrainer(pl.LightningModule):
                 for name, term in terms.items():
                     totals[name].append(term)
         optimizer.step()
-        self.objective.after_step(self.backbone, self.global_step)
+        self.objective.after_step(self.backbone, self.progress)
         self.report(totals, numbers)
         self.report_data(batch)
 

@@ -72,7 +72,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 def uniform(seed: Tensor, shape: Sequence[int], name: str) -> Tensor:
     """Numbers in [0, 1), float32 of shape seed.shape + shape."""
     counter = torch.arange(math.prod(shape), device=seed.device).reshape(tuple(shape))
-    draws = fold(fold(seed, name).reshape(*seed.shape, *([1] * len(shape))), counter)
+    draws = fold(fold(seed, name).reshape(seed.shape + (1,) * len(shape)), counter)
     return _shift(draws, 40).to(torch.float32) / (1 << 24)
 
 
@@ -80,6 +80,11 @@ def normal(seed: Tensor, shape: Sequence[int], name: str) -> Tensor:
     """Standard normal numbers by Box and Muller's transform, float32 of shape seed.shape + shape."""
     radius = (-2 * torch.log1p(-uniform(seed, shape, name))).sqrt()
     return radius * torch.cos(2 * math.pi * uniform(seed, shape, f"{name}/angle"))
+
+
+def gumbel(seed: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """Standard Gumbel numbers, float32 of shape seed.shape + shape: the largest of logits plus these is a draw from their softmax."""
+    return -(-(uniform(seed, shape, name) + 2**-25).log()).log()  # half a step up, so that no draw is 0
 
 
 def token_seed(seed: Tensor, t: Tokens) -> Tensor:

@@ -135,6 +135,13 @@ def cat(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(x, position, **fields)
 
 
+def cat_rows(parts: Sequence[Tokens]) -> Tokens:
+    """Join along B tokens of equal N without documents; row r of part k becomes row r + the rows of the parts before it."""
+    valid = None if all(t.valid is None for t in parts) else torch.cat([t.real() for t in parts])
+    order = None if parts[0].order is None else torch.cat([t.order for t in parts])  # type: ignore[misc]
+    return Tokens(torch.cat([t.x for t in parts]), torch.cat([t.position for t in parts]), valid, None, order)
+
+
 def split(t: Tokens, lengths: Sequence[int]) -> list[Tokens]:
     """Undo `cat`: cut N into pieces of these lengths."""
 

@@ -12,8 +12,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def ranks():
+def pools():
+    """Number of ranks -> a pool of them, which starts with its first call."""
+    made = {world: Ranks(world) for world in (2, 3)}
+    yield made
+    for pool in made.values():
+        pool.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks(pools):
     """`ranks(function, *args)` -> [result of rank 0, of rank 1]: `function` ran on every rank of one gloo group."""
-    pool = Ranks(2)
-    yield pool
-    pool.stop()
+    return pools[2]

@@ -85,10 +85,14 @@ class ShardDataModule(pl.LightningDataModule):
         self.members_read = 0
 
     def setup(self, stage: str) -> None:
-        """Open every index and choose readers by the encoders of the model."""
-        opened = [open_source(n, s, self.readers, self.seed, self.window, k) for k, (n, s) in enumerate(self.train.items())]
+        """Open every index and choose readers: training reads what the objective needs, held-out sources give all modalities."""
+        module: Any = self.trainer.lightning_module
+        views = module.objective.views
+        asked = {name: reader for name, reader in self.readers.items() if name in module.objective.needs}
+        opened = [open_source(n, s, asked, self.seed, self.window, k, views) for k, (n, s) in enumerate(self.train.items())]
         self.sources = opened
-        self.validation = [open_source(n, s, self.readers, self.seed, 0) for n, s in self.held_out.items()]
+        plain = {name: reader for name, reader in self.readers.items() if name not in views}
+        self.validation = [open_source(n, s, plain, self.seed, 0) for n, s in self.held_out.items()]
         for source in [*self.sources, *self.validation]:
             self.faults |= Counter(source.faults)  # once, however often the sources are opened
             for lost in source.lost:
@@ -142,9 +146,9 @@ class ShardDataModule(pl.LightningDataModule):
 
     @property
     def readers(self) -> dict[str, Reader]:
-        """How each modality is read: by the encoders of the model."""
-        model: Any = self.trainer.lightning_module
-        return model.backbone.readers
+        """How each modality, view of one and label is read."""
+        module: Any = self.trainer.lightning_module
+        return module.readers
 
     @property
     def provides(self) -> dict[str, tuple[str, ...]]:
@@ -203,7 +207,7 @@ class ShardDataModule(pl.LightningDataModule):
         """Floats and normalisation, on the device."""
         readers = self.readers
         return {
-            name: readers[name.partition("@")[0]].prepare(value) if isinstance(value, Tokens) else value
+            name: readers[name].prepare(value) if isinstance(value, Tokens) else value
             for name, value in batch.items()
         }
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from headwater.datamodules.index import Card, ShardIndex, fits, load_card, load_
 from headwater.datamodules.order import Order, Places
 from headwater.datamodules.streams import Stream, fitting
 from headwater.model import Reader
+from headwater.view import View
 
 OPEN = 256  # shards that one worker keeps open per source
 
@@ -65,12 +66,21 @@ class OpenSource:
 
     Args:
         name, source: as in the recipe. number: of the source, the upper bits of its sample numbers.
-        readers: modality -> reader. seed, window: of the order.
+        readers: modality, or view of one -> reader. seed, window: of the order. views: those that the objective asks for.
     """
 
     lost: tuple[str, ...] = ()  # guarantees that this source cannot give
 
-    def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        readers: dict[str, Reader],
+        seed: int,
+        window: int,
+        number: int = 0,
+        views: Mapping[str, View] | None = None,
+    ) -> None:
         self.name, self.source, self.seed, self.number = name, source, seed, number
         self.cache = Cache(source.cache, source.cache_size) if source.cache else None
         paths = expand(source.shards)
@@ -79,6 +89,7 @@ class OpenSource:
         self.members = tuple(sorted({e for card in self.cards for e in card.extensions}))
         self.stream = source.stream or Stream()
         self.readers = chosen(name, source, readers, self.members)
+        self.views = viewed(source, self.readers, views or {})
         self.wanted = self.stream.wanted(self.readers, self.members)
         self.order = Order([card.samples for card in self.cards], random.seed_of(seed, *name.encode()), window)
         self._open: OrderedDict[int, tuple[ShardIndex, File]] = OrderedDict()
@@ -106,13 +117,12 @@ class OpenSource:
             self._fetch_ahead(int(index[0]))
         numbers = (self.number << 40) + self.order.before[places.shard] + places.row
         seeds = random.seeds_of(self.seed, places.epoch, self.number, places.shard, places.row)
-        views = {name: random.fold(torch.from_numpy(seeds), name) for name in self.source.views or ()}
+        views = drawn(self.views, self.readers, torch.from_numpy(seeds))
         found = self._contents(places)
         out = []
         columns = (numbers.tolist(), seeds.tolist(), places.shard.tolist(), places.row.tolist())
         for k, (number, seed, shard, row) in enumerate(zip(*columns)):
-            view = {name: draws[k] for name, draws in views.items()} if views else views
-            sample, faults = self._sample(found[k], view, shard, row)
+            sample, faults = self._sample(found[k], views[k], shard, row)
             out.append(Read(sample, number, seed, faults))
         return out
 
@@ -163,12 +173,12 @@ class OpenSource:
         return [attempt(extent.cut, content) for extent, content in zip(extents, found, strict=True)]
 
     def _sample(
-        self, members: dict[str, bytes] | Exception, view: dict[str, Tensor], shard: int, row: int
+        self, members: dict[str, bytes] | Exception, views: dict[str, View], shard: int, row: int
     ) -> tuple[Sample, list[str]]:
         where = self.cards[shard].path
         if isinstance(members, Exception):
             return {}, [f"{where}: sample {row}: {said(members)}"]
-        sample, faults = self.stream.tokens(self.readers, members, view)
+        sample, faults = self.stream.tokens(self.readers, members, views)
         if not faults:
             return sample, []
         key = self._shard(shard)[0].key(row)
@@ -222,6 +232,22 @@ def chosen(name: str, source: Source, readers: dict[str, Reader], members: Colle
             raise ValueError(f"the reader of {modality} asks for {unsafe}, which are pickles; a pickle runs code and is never read")
         fitting(reader, reader.example(1, 0)[0])
     return found
+
+
+def viewed(source: Source, readers: dict[str, Reader], asked: Mapping[str, View]) -> dict[str, View]:
+    """Every name of this source whose signals are seen in random views: those of the source, those that the objective asks for."""
+    return {name: asked.get(name, View()) for name in readers if name in asked or name in (source.views or ())}
+
+
+def drawn(views: Mapping[str, View], readers: Mapping[str, Reader], seeds: Tensor) -> list[dict[str, View]]:
+    """For each sample's seed (K,): name -> its view, with a seed of its own; what follows another modality has that one's."""
+    every = {name: random.fold(seeds, name).tolist() for name in views}
+    made = [{name: replace(view, seed=every[name][k]) for name, view in views.items()} for k in range(len(seeds))]
+    for name, reader in readers.items():
+        if reader.follows in views:
+            for sample in made:
+                sample[name] = sample[reader.follows]
+    return made
 
 
 def attempt(read: Callable[..., dict[str, bytes]], *where: Any) -> dict[str, bytes] | Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -15,9 +15,10 @@ from headwater import distributed, random
 from headwater.datamodules.faults import said
 from headwater.datamodules.files import expand, filesystem, is_remote
 from headwater.datamodules.index import content_hash
-from headwater.datamodules.sources import OpenSource, Read, Source, chosen
+from headwater.datamodules.sources import OpenSource, Read, Source, chosen, drawn, viewed
 from headwater.datamodules.streams import Stream
 from headwater.model import Reader
+from headwater.view import View
 
 
 class StreamSource:
@@ -35,7 +36,16 @@ class StreamSource:
     faults: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
 
-    def __init__(self, name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        readers: dict[str, Reader],
+        seed: int,
+        window: int,
+        number: int = 0,
+        views: Mapping[str, View] | None = None,
+    ) -> None:
         self.name, self.source, self.seed, self.number, self.window = name, source, seed, number, window
         self.urls = expand(source.shards)
         self.stream = source.stream or Stream()
@@ -44,6 +54,7 @@ class StreamSource:
         if first is None:
             raise ValueError(f"source {name} gave no sample from {self.urls[0]}: {'; '.join(self.broken) or 'it is empty'}")
         self.readers = chosen(name, source, readers, tuple(first[1]))
+        self.views = viewed(source, self.readers, views or {})
         self._passing: Iterator[tuple[int, str, dict[str, bytes]]] | None = None
 
     def read(self, index: np.ndarray) -> list[Read]:
@@ -55,8 +66,8 @@ class StreamSource:
             time, key, members = next(self._passing)
             number = (self.number << 40) + (content_hash(key.encode()) & ((1 << 40) - 1))
             seed = random.seed_of(self.seed, time, self.number, number)
-            view = {name: random.fold(torch.tensor(seed), name) for name in self.source.views or ()}
-            sample, faults = self.stream.tokens(self.readers, members, view)
+            views = drawn(self.views, self.readers, torch.tensor([seed]))[0]
+            sample, faults = self.stream.tokens(self.readers, members, views)
             broken, self.broken = self.broken, []
             out.append(Read(sample, number, seed, [*broken, *(f"{key}.{n}: {said(error)}" for n, error in faults.items())]))
         return out
@@ -103,10 +114,17 @@ class StreamSource:
         return {**self.__dict__, "_passing": None}
 
 
-def open_source(name: str, source: Source, readers: dict[str, Reader], seed: int, window: int, number: int = 0):
+def open_source(
+    name: str,
+    source: Source,
+    readers: dict[str, Reader],
+    seed: int,
+    window: int,
+    number: int = 0,
+    views: Mapping[str, View] | None = None,
+) -> OpenSource | StreamSource:
     """With an index where there is or can be one, else as a stream."""
-    streamed = StreamSource if is_stream(source) else OpenSource
-    return streamed(name, source, readers, seed, window, number)
+    return (StreamSource if is_stream(source) else OpenSource)(name, source, readers, seed, window, number, views)
 
 
 def is_stream(source: Source) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from headwater.datamodules.collate import Sample
 from headwater.model import Reader
 from headwater.tokens import Tokens
+from headwater.view import View
 
 Readers = Mapping[str, Reader]
 
@@ -48,16 +49,20 @@ class Stream:
         return out
 
     def tokens(
-        self, readers: Readers, members: dict[str, bytes], views: Mapping[str, Tensor]
+        self, readers: Readers, members: dict[str, bytes], views: Mapping[str, View]
     ) -> tuple[Sample, dict[str, Exception]]:
-        """A sample's modalities, and what was wrong with those that are missing. views: modality -> int64 seed of its view."""
+        """A sample's modalities, and what was wrong with those that are missing. views: modality -> its random view."""
         sample, faults = {}, {}
         named = self._named(members)
+        decoded: dict[str, Any] = {}  # once for all views of a modality
         for name, reader in readers.items():
             if reader.member(named) is None:
                 continue
             try:
-                sample[name] = fitting(reader, reader.tokens(reader.decode(named), views.get(name)))
+                base = name.partition("@")[0]
+                if base not in decoded:
+                    decoded[base] = reader.decode(named)
+                sample[name] = fitting(reader, reader.tokens(decoded[base], views.get(name)))
             except Exception as error:  # any decoder may raise anything on damaged bytes; the sample is named, not lost
                 faults[name] = error
         return sample, faults
@@ -102,7 +107,7 @@ class Interleaved(Stream):
         return out
 
     def tokens(
-        self, readers: Readers, members: dict[str, bytes], views: Mapping[str, Tensor]
+        self, readers: Readers, members: dict[str, bytes], views: Mapping[str, View]
     ) -> tuple[Sample, dict[str, Exception]]:
         parts: dict[str, list[Tokens]] = {self.text: [], self.image: []}
         faults: dict[str, Exception] = {}
@@ -126,7 +131,7 @@ class Interleaved(Stream):
             moment += len(made.x) if kind == "text" else 1
         return {name: _joined(found) for name, found in parts.items() if found}, faults
 
-    def _segment(self, reader: Reader, kind: str, content: str, members: dict[str, bytes], view: Tensor | None) -> Tokens:
+    def _segment(self, reader: Reader, kind: str, content: str, members: dict[str, bytes], view: View | None) -> Tokens:
         if kind == "text":
             return fitting(reader, reader.tokens(content, view))
         if content not in members:

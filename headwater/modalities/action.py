@@ -23,6 +23,7 @@ from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 class ActionReader(Reader):
@@ -85,7 +86,7 @@ class ActionReader(Reader):
         names = tuple(slot if isinstance(slot, str) else slot["name"] for slot in slots)
         return Steps(values, names, (told.get("robot") or "") if self.robots else "")
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         if not np.size(signal.values if isinstance(signal, Steps) else signal):
             raise ValueError(f"the {self.part} sequence has no step")
         if self.vocab:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headwater.embedded import place
 from headwater.modalities.action import ActionReader, array
@@ -19,6 +18,7 @@ from headwater.model import Encoder
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 class Bins:
@@ -140,7 +140,7 @@ class ActionTokensReader(ActionReader):
         )
         self.vocab = self.codec.vocab
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         if not np.size(signal.values if isinstance(signal, Steps) else signal):
             raise ValueError("the action sequence has no step")
         x = self.vectors(signal) / np.float32(self.scale)

@@ -18,6 +18,7 @@ from headwater.model import Encoder
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 WINDOW, HOP = 0.025, 0.010  # seconds, the field's usual frame
 
@@ -53,7 +54,7 @@ class AudioReader(SoundReader):
         self.bands, self.frames, self.height = bands, frames, height or bands
         self.features = self.height * frames
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         wave = self.wave(signal, view)
         rows = self.bands // self.height
         steps = self.count(len(wave)) // rows

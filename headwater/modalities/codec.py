@@ -15,6 +15,7 @@ from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 Pattern = Literal["flatten", "delay"]
 
@@ -49,10 +50,10 @@ class CodecReader(Reader):
     def decode(self, members: dict[str, bytes]) -> np.ndarray:
         return array(members[str(self.member(members))])
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         codes = self._checked(np.asarray(signal))
         late = max(0, len(codes) - self.steps)
-        first = int(random.uniform(view, (1,), "start") * (late + 1)) if view is not None else 0
+        first = int(view.uniform((1,), "start") * (late + 1)) if view is not None else 0
         codes = codes[first : first + self.steps]
         moment, position = layout(len(codes), self.codebooks, self.pattern)
         ids = torch.from_numpy(codes.astype(np.int64)) + torch.arange(self.codebooks) * self.size

@@ -23,6 +23,7 @@ from headwater.pooling import Pooling
 from headwater.random import mix
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 class GraphReader(Reader):
@@ -57,7 +58,7 @@ class GraphReader(Reader):
     def decode(self, members: dict[str, bytes]) -> dict[str, Any]:
         return json.loads(members[str(self.member(members))])
 
-    def tokens(self, signal: Mapping[str, Any], view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Mapping[str, Any], view: View | None = None) -> Tokens:
         if not isinstance(signal, Mapping) or not {"nodes", "edges"} <= signal.keys():
             raise ValueError('found no graph; expected {"nodes": [[feature, ...], ...], "edges": [[i, j, feature, ...], ...]}')
         nodes = numbers(signal["nodes"], self.node_features, "nodes")
@@ -69,7 +70,7 @@ class GraphReader(Reader):
         ends, values = edges[:, :2].astype(np.int64), edges[:, 2:]
         number = canonical(nodes, ends, values, self.directed)
         if view is not None:
-            number = random.uniform(view, (len(nodes),), "numbers").argsort().numpy()[number]
+            number = view.uniform((len(nodes),), "numbers").argsort().numpy()[number]
         ends = number[ends] if self.directed else np.sort(number[ends], 1)
         row = np.lexsort((*values.T[::-1], ends[:, 1], ends[:, 0]))
         return self._joined(nodes[number.argsort()], ends[row], values[row])

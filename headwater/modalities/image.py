@@ -17,11 +17,12 @@ from headwater import random
 from headwater.modalities import decoding
 from headwater.modalities.jpegs import Jpeg
 from headwater.modalities.resampled import Resampled
-from headwater.modalities.scaling import Interpolation, Shape, centre, crop, fit, native, pillow, resize, scaled
+from headwater.modalities.scaling import Interpolation, Shape, centre, crop, fit, native, pillow, recolour, resize, scaled
 from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 JPEG = b"\xff\xd8\xff"  # how every JPEG begins, whatever its name
 
@@ -29,7 +30,8 @@ JPEG = b"\xff\xd8\xff"  # how every JPEG begins, whatever its name
 class ImageReader(Reader):
     """A picture of any size and mode -> RGB of the shape that is asked for -> patches of patch * patch * 3 bytes.
 
-    Transparency becomes white. A random view is a crop of 60 to 100 % of the area. It has as many patches as the whole.
+    Transparency becomes white. A random view is a crop, of 60 to 100 % of the area unless it names a share; its strength
+    changes colours, sharpness and direction. At scale 1 it has as many patches as the whole.
 
     Args:
         size: pixels per side of what the encoder sees.
@@ -96,20 +98,22 @@ class ImageReader(Reader):
         side = self.size // self.patch
         return native(height, width, self.patch, side * side) if self.shape == "native" else (side, side)
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
-        picture = rgb(signal)
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
+        picture, size = rgb(signal), self.size
         rows, columns = self._sides(*picture.shape[:2])
         if view is not None:
-            picture = crop(picture, view)
+            picture = recolour(crop(picture, view), view)
+            rows, columns = (max(1, round(view.scale * n)) for n in (rows, columns))
+            size = max(1, round(view.scale * self.size / self.patch)) * self.patch
         if self.shape == "native":
             picture = resize(picture, rows * self.patch, columns * self.patch, self.interpolation)
         elif self.shape == "pad":
-            picture = fit(picture, self.size, self.interpolation)
+            picture = fit(picture, size, self.interpolation)
         else:
             height, width = picture.shape[:2]
-            tall, wide = scaled(height, width, math.floor(self.size / self.zoom), self.shape)
+            tall, wide = scaled(height, width, math.floor(size / self.zoom), self.shape)
             fill = [round(255 * channel) for channel in self.mean]
-            picture = centre(pillow(picture, tall, wide, self.interpolation), self.size, fill)
+            picture = centre(pillow(picture, tall, wide, self.interpolation), size, fill)
         return Tokens(patches(picture[None], 1, self.patch), grid(1, rows, columns))
 
     def length(self, facts: dict[str, float]) -> int | None:
@@ -166,6 +170,7 @@ class Image(Encoder):
     ) -> None:
         super().__init__(ImageReader(size, patch, shape, zoom, mean, std, interpolation), trunk, pooling)
         self.place = None if table is None else Resampled(table, trunk.width)
+        self.pointwise = self.place is None  # the table is laid over the grid of the whole picture
 
     def embed(self, raw: Tokens) -> Tokens:
         t = super().embed(raw)

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headwater import random
 from headwater.modalities.image import grid
@@ -20,6 +20,7 @@ from headwater.model import Encoder
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 SPAN = 1000  # boxes are in thousandths of the page
 
@@ -43,7 +44,7 @@ class LayoutReader(TextReader):
     def decode(self, members: dict[str, bytes]) -> Any:  # type: ignore[override]
         return json.loads(members[str(self.member(members))])
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         """There is no random view of a page."""
         found = [(int(i), box) for text, box in words(signal) for i in self._ids(text)][: self.most - self.marks]
         if not found:

@@ -16,6 +16,7 @@ from headwater.modalities.tower import Alone, Tower
 from headwater.model import Encoder, Reader
 from headwater.pooling import last_pool
 from headwater.tokens import Pooled, Tokens, append, attention_mask
+from headwater.view import View
 
 
 class OpenClipTextReader(Reader):
@@ -51,7 +52,7 @@ class OpenClipTextReader(Reader):
     def decode(self, members: dict[str, bytes]) -> str:
         return members[str(self.member(members))].decode("utf-8")
 
-    def tokens(self, signal: str, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: str, view: View | None = None) -> Tokens:
         if not isinstance(signal, str) or not signal.strip():
             raise ValueError(f"found {signal!r}; expected a text that is not empty")
         ids = self._tokenizer([signal])[0]

@@ -22,6 +22,7 @@ from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 PLY = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8"}
 PLY |= {"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"}
@@ -59,7 +60,7 @@ class PointsReader(Reader):
         member = str(self.member(members))
         return vertices(members[member]) if member == "ply" else array(members[member])
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         """signal: a cloud (n, 3 or more), or groups that were made already, (g, neighbours, 3 + extra) as `restore` gives."""
         points = np.asarray(signal)
         found = points.ndim == 3 and points.shape[1:] == (self.neighbours, 3 + self.extra)
@@ -83,12 +84,11 @@ class PointsReader(Reader):
             raise ValueError("no point of the cloud has all of x, y and z")
         return wide
 
-    def _grouped(self, points: np.ndarray, view: Tensor | None) -> np.ndarray:
+    def _grouped(self, points: np.ndarray, view: View | None) -> np.ndarray:
         """(n, 3 + extra) -> (g, neighbours, 3 + extra)."""
         if view is not None:
-            share = random.uniform(view, (1,), "share").item()
-            count = max(1, round((0.6 + 0.4 * share) * len(points)))
-            points = points[random.uniform(view, (len(points),), "points").argsort()[:count].sort().values.numpy()]
+            count = max(1, round(view.part(view.uniform((1,), "share").item(), (0.6, 1.0)) * len(points)))
+            points = points[view.uniform((len(points),), "points").argsort()[:count].sort().values.numpy()]
         near = nearest(points[farthest(points[:, :3], self.groups), :3], points[:, :3], self.neighbours)
         group = np.full((len(near), self.neighbours, points.shape[1]), np.nan, np.float32)
         group[:, : near.shape[1]] = along(points[near])

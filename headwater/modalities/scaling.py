@@ -9,10 +9,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from headwater import random
+from headwater.view import View
 
 Shape = Literal["pad", "crop", "squash", "border", "native"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -93,10 +92,41 @@ def centre(picture: np.ndarray, size: int, fill: Sequence[int]) -> np.ndarray:
     return canvas
 
 
-def crop(picture: np.ndarray, seed: Tensor, smallest: float = 0.6) -> np.ndarray:
-    """A random part of (H, W, 3) that keeps its shape and `smallest` to 1 of its area."""
-    area, down, right = random.uniform(seed, (3,), "crop").tolist()
-    side = (smallest + (1 - smallest) * area) ** 0.5
-    height, width = (max(1, round(side * n)) for n in picture.shape[:2])
-    top, left = round(down * (picture.shape[0] - height)), round(right * (picture.shape[1] - width))
-    return picture[top : top + height, left : left + width]
+def window(height: int, width: int, view: View, default: tuple[float, float] = (0.6, 1.0)) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the random part of a picture that a view sees: of the picture's own shape."""
+    area, down, right = view.uniform((3,), "crop").tolist()
+    side = view.part(area, default) ** 0.5
+    tall, wide = (max(1, round(side * n)) for n in (height, width))
+    return round(down * (height - tall)), round(right * (width - wide)), tall, wide
+
+
+def crop(pictures: np.ndarray, view: View, default: tuple[float, float] = (0.6, 1.0)) -> np.ndarray:
+    """What a view sees of (..., H, W, C), the same part of each."""
+    top, left, tall, wide = window(*pictures.shape[-3:-1], view, default)
+    return pictures[..., top : top + tall, left : left + wide, :]
+
+
+def mirrored(view: View) -> bool:
+    """Whether a view shows the mirror image: half of those that change values do."""
+    return bool(view.strength) and view.uniform((), "mirror").item() < 0.5
+
+
+def recolour(pictures: np.ndarray, view: View) -> np.ndarray:
+    """uint8 (..., H, W, 3) in the colours, sharpness and direction that a view gives, all alike; as they are at strength 0.
+
+    At strength 1 brightness, contrast and saturation change by up to 40 %, a fifth of all views is grey and half of them are
+    smoothed over neighbouring pixels, after SimCLR's recipe (Chen et al. 2020, arXiv:2002.05709, appendix A).
+    """
+    if not view.strength:
+        return pictures
+    if mirrored(view):
+        pictures = pictures[..., ::-1, :]
+    light, contrast, colour, grey, smooth = view.uniform((5,), "colour").tolist()
+    x = pictures.astype(np.float32) * (1 + 0.8 * view.strength * (light - 0.5))
+    x = x.mean() + (x - x.mean()) * (1 + 0.8 * view.strength * (contrast - 0.5))
+    dull = x @ np.array([[0.299], [0.587], [0.114]], np.float32)
+    x = dull + (x - dull) * (0.0 if grey < 0.2 * view.strength else 1 + 0.8 * view.strength * (colour - 0.5))
+    if smooth < 0.5 * view.strength:
+        for axis in (-3, -2):
+            x = (np.roll(x, 1, axis) + 2 * x + np.roll(x, -1, axis)) / 4
+    return x.round().clip(0, 255).astype(np.uint8)

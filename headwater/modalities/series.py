@@ -20,6 +20,7 @@ from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 class SeriesReader(Reader):
@@ -51,7 +52,7 @@ class SeriesReader(Reader):
     def decode(self, members: dict[str, bytes]) -> np.ndarray:
         return array(members[str(self.member(members))])
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         series = self._window(self._rows(signal), view)
         series = standard(series) if self.scale is None else series / self.scale
         count = math.ceil(len(series) / self.steps)
@@ -77,13 +78,13 @@ class SeriesReader(Reader):
             raise ValueError("the series holds infinite values; mark what is absent as NaN")
         return series.astype(np.float64)  # a mean of 1e9 would eat the signal of a float32
 
-    def _window(self, series: np.ndarray, view: Tensor | None) -> np.ndarray:
+    def _window(self, series: np.ndarray, view: View | None) -> np.ndarray:
         """At most `most` rows."""
         count = min(len(series), self.most)
         if view is None:
             return series[:count]
-        share, late = random.uniform(view, (2,), "window").tolist()
-        count = max(1, round((0.6 + 0.4 * share) * count))
+        share, late = view.uniform((2,), "window").tolist()
+        count = max(1, round(view.part(share, (0.6, 1.0)) * count))
         start = round(late * (len(series) - count))
         return series[start : start + count]
 

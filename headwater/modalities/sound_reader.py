@@ -16,6 +16,7 @@ from headwater.modalities import decoding
 from headwater.modalities.sounds import Sound
 from headwater.model import Reader
 from headwater.tokens import Tokens
+from headwater.view import View
 
 ZEROS, BAND = 16, 0.95  # the resampler's zero crossings on each side, and the share of the band that it keeps
 
@@ -52,20 +53,27 @@ class SoundReader(Reader):
             return sound
         return torch.from_numpy(heard(sound, 0, sound.count)), sound.rate
 
-    def wave(self, signal: Any, view: Tensor | None = None) -> Tensor:
+    def wave(self, signal: Any, view: View | None = None) -> Tensor:
         """The part of a signal that is read, (T,) float32 at `rate`."""
         sound = signal if isinstance(signal, Sound) else Samples(*(signal if isinstance(signal, tuple) else (signal, self.rate)))
         wanted = math.ceil(self.seconds * sound.rate)
         longer = max(0, sound.count - wanted)
-        first = int(random.uniform(view, (1,), "start") * (longer + 1)) if longer and view is not None else 0
+        first = int(view.uniform((1,), "start") * (longer + 1)) if longer and view is not None else 0
         read = wanted + reach(sound.rate, self.rate)  # the resampler looks ahead
         piece = heard(sound, first, read) if sound is signal else sound.read(first, read)
         wave = resample(torch.from_numpy(piece), sound.rate, self.rate)[: int(self.seconds * self.rate)]
         if view is None:
             return wave
-        gain, shift = random.uniform(view, (2,), "audio").tolist()
+        gain, shift = view.uniform((2,), "audio").tolist()
         silence = 0 if longer else round(shift * 0.1 * self.rate)
-        return F.pad(wave * 2 ** (2 * gain - 1), (silence, 0))[: len(wave)]
+        wave = F.pad(wave * 2 ** (2 * gain - 1), (silence, 0))[: len(wave)]
+        share, late, noise = view.uniform((3,), "part").tolist()
+        count = max(1, round(view.part(share, (1.0, 1.0)) * len(wave)))
+        wave = wave[round(late * (len(wave) - count)) :][:count]
+        if not view.strength:
+            return wave
+        hiss = random.normal(torch.tensor(view.seed), (count,), "noise")
+        return wave + hiss * wave.std(correction=0) * 0.3 * view.strength * noise
 
     def length(self, facts: dict[str, float]) -> int | None:
         """From "seconds"."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
 from torch.nn import functional as F
 
 from headwater import random
@@ -27,6 +26,7 @@ from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 class SpectralReader(Reader):
@@ -74,7 +74,7 @@ class SpectralReader(Reader):
         member = str(self.member(members))
         return pages(members[member]) if member in ("tif", "tiff") else array(members[member])
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         picture = self._bands(np.asarray(signal))
         picture = whole(picture if view is None else crop(picture, view), self.size)
         place, x, position = grid(1, self.size // self.patch, self.size // self.patch), [], []

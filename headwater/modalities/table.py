@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headwater import random
 from headwater.init import Rule
@@ -26,6 +25,7 @@ from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 Scale = Sequence[float]  # [mean, deviation], or three and more rising quantiles
 Choice = str | int | float
@@ -61,7 +61,7 @@ class TableReader(Reader):
     def decode(self, members: dict[str, bytes]) -> dict[str, Any]:
         return json.loads(members[str(self.member(members))])
 
-    def tokens(self, signal: Mapping[str, Any], view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Mapping[str, Any], view: View | None = None) -> Tokens:
         """There is no random view of a row."""
         if not isinstance(signal, Mapping):
             raise ValueError(f"found a row of {type(signal).__name__}; expected an object of named columns")

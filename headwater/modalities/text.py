@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headwater import random
 from headwater.embedded import place
@@ -20,6 +19,7 @@ from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 BYTES = "bytes"
 
@@ -90,10 +90,10 @@ class TextReader(Reader):
     def decode(self, members: dict[str, bytes]) -> str:
         return members[str(self.member(members))].decode("utf-8")
 
-    def tokens(self, signal: str, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: str, view: View | None = None) -> Tokens:
         if not isinstance(signal, str):
             raise ValueError(f"found a text of {type(signal).__name__}; expected a str")
-        found = self._ids(signal)
+        found = self._ids(signal if view is None else fewer(signal, view))
         if not len(found):
             raise ValueError("the text is empty")
         found = found[: self.most - self.marks]
@@ -179,3 +179,17 @@ class Text(Encoder):
         tied: bool = False,
     ) -> None:
         super().__init__(TextReader(tokenizer, length, start, end), trunk, pooling, tied=tied)
+
+
+def fewer(text: str, view: View) -> str:
+    """The words that a view sees: a run of them, all unless it names a share, of which each is lost with its strength; at least one."""
+    words = text.split()
+    if not words or (view.share is None and not view.strength):
+        return text
+    share, late = view.uniform((2,), "words").tolist()
+    count = max(1, round(view.part(share, (1.0, 1.0)) * len(words)))
+    first = round(late * (len(words) - count))
+    words = words[first : first + count]
+    draws = view.uniform((count,), "lost")
+    kept = [word for word, draw in zip(words, draws.tolist(), strict=True) if draw >= view.strength]
+    return " ".join(kept or [words[int(draws.argmax())]])

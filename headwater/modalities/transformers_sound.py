@@ -17,6 +17,7 @@ from headwater.modalities.tower import Tower, by_sample, require
 from headwater.modalities.transformers_models import config_of, facts_of, library, model_of
 from headwater.modalities.wave import WaveReader, receptive
 from headwater.tokens import Tokens, attention_mask
+from headwater.view import View
 
 WAVES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 RATE, HOP = 16_000, 160  # of Whisper
@@ -57,6 +58,7 @@ class TransformersWave(Tower):
         reader = WaveReader(RATE, *receptive(found.conv_kernel, found.conv_stride), seconds, normalize=normalize)
         super().__init__(reader, found.hidden_size, found.hidden_size)
         self.tower, self.whole = model, found.feat_extract_norm == "group"
+        self.pointwise = not self.whole
         self.spec["init_args"] |= {"pretrained": False, "config": facts_of(found), "normalize": normalize}
 
     def embed(self, raw: Tokens) -> Tokens:
@@ -108,7 +110,7 @@ class WhisperReader(SoundReader):
     def _extractor(self) -> Any:
         return library("Whisper").WhisperFeatureExtractor(feature_size=self.bands, chunk_length=int(self.seconds))
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         wave = self.wave(signal, view)
         mel = self._extractor(wave.numpy(), sampling_rate=RATE, return_tensors="pt").input_features[0]
         return Tokens(rearrange(mel, "f (n t) -> n (t f)", t=2), grid(self.count(0)))
@@ -138,6 +140,8 @@ class TransformersWhisper(Tower):
         pretrained: load its weights; otherwise they are drawn anew from the config.
         config: what was found in `name`; set by an export.
     """
+
+    pointwise = False
 
     def __init__(self, name: str, pretrained: bool = False, config: dict[str, Any] | None = None) -> None:
         found = config_of(name, config)

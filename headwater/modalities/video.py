@@ -17,19 +17,21 @@ from headwater.modalities import decoding
 from headwater.modalities.factorised import factorised
 from headwater.modalities.films import TICK, Film
 from headwater.modalities.image import grid, patches, rgb
-from headwater.modalities.scaling import fit
+from headwater.modalities.scaling import crop, fit, recolour
 from headwater.model import Encoder, Reader
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 class VideoReader(Reader):
     """A video file -> at most `frames` frames, size x size -> tubelets of tubelet x patch x patch pixels.
 
     Frames are taken by number, every `stride`-th, or with `rate` by the time at which they are on screen, whatever the file's
-    own frame rate. A random view starts at a random moment from which the clip still fits; else a clip starts at 0. Only the
-    frames that are taken, and those between them and the keyframe before, are decoded.
+    own frame rate. A random view starts at a random moment from which the clip still fits; else a clip starts at 0. A view's
+    share is that of the area, the whole unless it names one, and its strength changes all frames alike. Only the frames that
+    are taken, and those between them and the keyframe before, are decoded.
 
     Position: (number of the tubelet's last frame, row, column), frames counted as they were taken. Order is that number too:
     the patches of one moment see each other, and in causal attention a step sees the frames up to its own.
@@ -61,14 +63,18 @@ class VideoReader(Reader):
         """The file, opened and found whole; `tokens` decodes the frames that it takes."""
         return decoding.backend("video")(members[str(self.member(members))])
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         """signal: a Film, or frames that were taken already: uint8 (T, H, W, 3) or a list of pictures."""
-        start = 0.0 if view is None else random.uniform(view, (1,), "start").item()
+        start = 0.0 if view is None else view.uniform((1,), "start").item()
         taken = self._take(signal, start) if isinstance(signal, Film) else self._cut(signal, start)
-        frames = np.stack([fit(rgb(frame), self.size) for frame in taken])
+        size, frames = self.size, [rgb(frame) for frame in taken]
+        if view is not None:
+            size = max(1, round(view.scale * self.size / self.patch)) * self.patch
+            frames = [recolour(crop(frame, view, (1.0, 1.0)), view) for frame in frames]
+        frames = np.stack([fit(frame, size) for frame in frames])
         if missing := -len(frames) % self.tubelet:
             frames = np.concatenate([frames, frames[-1:].repeat(missing, 0)])
-        position, order = tubes(len(frames) // self.tubelet, self.size // self.patch, self.tubelet)
+        position, order = tubes(len(frames) // self.tubelet, size // self.patch, self.tubelet)
         return Tokens(patches(frames, self.tubelet, self.patch), position, order=order)
 
     def _take(self, film: Film, start: float) -> list[np.ndarray]:

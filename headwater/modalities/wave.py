@@ -19,6 +19,7 @@ from headwater.model import Encoder
 from headwater.pooling import Pooling
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
+from headwater.view import View
 
 KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)  # of wav2vec 2.0: 400 samples every 320
 
@@ -52,7 +53,7 @@ class WaveReader(SoundReader):
             raise ValueError(f"found windows of {window} samples every {stride}; expected a stride from 1 to the window")
         self.window, self.stride, self.normalize, self.features = window, stride, normalize, window
 
-    def tokens(self, signal: Any, view: Tensor | None = None) -> Tokens:
+    def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         wave = self.wave(signal, view)
         if self.normalize:
             wave = (wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt()

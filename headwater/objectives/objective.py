@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from headwater.model import Model
+from headwater.model import Model, Reader
 from headwater.tokens import Tokens, split_rows
+from headwater.view import View
 
-Batch = dict[str, Any]  # modality -> Tokens, "seed" and "sample" (S,) int64, and what `task` adds
+Batch = dict[str, Any]  # modality -> Tokens; "seed", "sample" (S,) int64; "progress" float, "step" int; and what `task` adds
+Schedule = Callable[[float], float]  # of progress, the share of the run that is done
+
+
+def at(value: float | Schedule, progress: float) -> float:
+    """A number that may change over the run, at this progress from 0 to 1."""
+    return value(progress) if callable(value) else value
 
 
 class Term(NamedTuple):
@@ -31,11 +38,17 @@ class Objective(nn.Module):
     """Subclasses read widths from the model in __init__, build heads, and keep no reference to it.
 
     needs: batch keys that are read. coupled: the loss compares the samples of a batch, so it is not cut into micro-batches;
-    such objectives ask `model.represent`, which saves the memory instead.
+    such objectives ask `model.represent` or `model.in_pieces`, which save the memory instead.
+    views: random views that the loader shall make, by their key in the batch: a modality, "@" and a name ("image@global0").
+    readers: of labels that only this objective uses; their Tokens come under these keys and have no encoder.
+    classes: how many answers each target chooses from, where that is one fixed number.
     """
 
     needs: tuple[str, ...] = ()
     coupled: bool = False
+    views: Mapping[str, View] = {}
+    readers: Mapping[str, Reader] = {}
+    classes: int | None = None
 
     def pieces(self, batch: Batch, micro: int) -> list[Batch]:
         """What is hidden and scored one after the other to save memory; together the terms are those of the whole batch."""
@@ -60,8 +73,8 @@ class Objective(nn.Module):
         """Ask and score."""
         raise NotImplementedError(f"{type(self).__name__}.forward must return {{name: Term}}")
 
-    def after_step(self, model: Model, step: int) -> None:
-        """Once per optimizer step: moving averages, queues, clamps."""
+    def after_step(self, model: Model, progress: float) -> None:
+        """Once per optimizer step: moving averages, queues, clamps. progress: share of the run that is done."""
 
 
 def weighted_sum(terms: dict[str, Term], numbers: dict[str, Tensor], world: int) -> Tensor:

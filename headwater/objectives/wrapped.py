@@ -23,6 +23,7 @@ class Wrapped(Objective):
         super().__init__()
         self.inner = inner(model)
         self.needs, self.coupled = self.inner.needs, self.inner.coupled
+        self.views, self.readers = self.inner.views, self.inner.readers
 
     @property
     def parts(self) -> Any:
@@ -47,5 +48,5 @@ class Wrapped(Objective):
     def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
         return self.inner(model, batch)
 
-    def after_step(self, model: Model, step: int) -> None:
-        self.inner.after_step(model, step)
+    def after_step(self, model: Model, progress: float) -> None:
+        self.inner.after_step(model, progress)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from headwater import modalities, random
 from headwater.datamodules.collate import collate
-from headwater.model import Reader
+from headwater.model import Encoder, Reader
 from headwater.spec import build
 from headwater.tokens import Tokens
 
@@ -30,7 +30,8 @@ def raw(encoder, n=5, packed=False):
 
 
 def test_every_export_has_a_case():
-    assert {type(make(name)).__name__ for name in cases.ENCODERS} >= set(modalities.__all__)
+    encoders = {cls.__name__ for cls in cases.exports(modalities) if issubclass(cls, Encoder)}
+    assert {type(make(name)).__name__ for name in cases.ENCODERS} >= encoders
 
 
 @every
@@ -161,3 +162,13 @@ def sees(parts: dict[str, Tokens], mix, causal=True):
                     allowed[:, i] = True
                 real = parts[q].real()[:, i]
                 assert torch.equal((grad.abs().amax(-1) > 0)[real], allowed[real]), f"{k} -> {q}[{i}]"
+
+
+@every
+def test_a_token_is_embedded_alone_where_the_encoder_says_so(name):
+    encoder = make(name)
+    if not encoder.pointwise:
+        pytest.skip("its embedding looks at the other tokens")
+    t = raw(encoder)
+    index = torch.arange(0, t.position.shape[1], 2).expand(len(t.x), -1)
+    assert_close(encoder.embed(t.take(index)).x, encoder.embed(t).take(index).x)

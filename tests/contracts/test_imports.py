@@ -8,7 +8,7 @@ import headwater
 
 ROOT = Path(headwater.__file__).parent
 LAYERS = [
-    {"tokens", "random", "init", "distributed", "spec", "fused", "embedded"},
+    {"tokens", "random", "view", "init", "distributed", "spec", "fused", "embedded"},
     {"attention", "position", "cache"},
     {"layers"},
     {"trunk", "teacher"},

@@ -44,7 +44,7 @@ def step(fuse, shares):
         weighted_sum(pretrainer.ask(task), numbers, distributed.world()).backward()
         first = first or {n: whole(p.grad) for n, p in pretrainer.named_parameters() if p.grad is not None}
         optimizer.step()
-        pretrainer.objective.after_step(model, number)
+        pretrainer.objective.after_step(model, number / 4)
     return first, {n: whole(p) for n, p in pretrainer.named_parameters()}
 
 

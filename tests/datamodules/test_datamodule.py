@@ -26,8 +26,9 @@ TRAIN = {
 
 def module(step=0, **options):
     data = ShardDataModule(**{"train": TRAIN, "batch_size": 4, "workers": 0, "notice": 6, **options})
-    backbone = SimpleNamespace(readers=READERS)
-    data.trainer = SimpleNamespace(global_step=step, lightning_module=SimpleNamespace(backbone=backbone, device="cpu"))
+    objective = SimpleNamespace(needs=tuple(READERS), views={})
+    trained = SimpleNamespace(readers=READERS, objective=objective, device="cpu")
+    data.trainer = SimpleNamespace(global_step=step, lightning_module=trained)
     data.setup("fit")
     return data
 

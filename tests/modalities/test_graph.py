@@ -7,6 +7,7 @@ import torch
 
 from headwater.modalities.graph import Graph, GraphReader, canonical, identifiers
 from headwater.trunk import Trunk
+from headwater.view import View
 
 networkx = pytest.importorskip("networkx")
 
@@ -120,7 +121,7 @@ def test_all_graphs_of_five_nodes_are_told_apart():
 
 def test_a_view_deals_the_numbers_out(club):
     reader = GraphReader(edge_features=1)
-    a, again, b = (reader.tokens(club, torch.tensor(seed)) for seed in (1, 1, 2))
+    a, again, b = (reader.tokens(club, View(seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(a.position, again.position)
     assert not torch.equal(a.position, b.position)
     canonical_again = reader.tokens(reader.restore(row(a)))

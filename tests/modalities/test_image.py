@@ -14,6 +14,7 @@ from headwater.modalities.scaling import resize
 from headwater.position import Learned
 from headwater.spec import build
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 def picture(height=16, width=16, channels=3, seed=0):
@@ -148,8 +149,8 @@ def test_a_view_is_a_crop_that_follows_its_seed():
     ramp = np.stack([4 * x, 4 * y, 0 * x], -1).astype(np.uint8)
     reader, areas = ImageReader(64), []
     for s in range(40):
-        shown = seen(reader, ramp, torch.tensor(s))
-        assert np.array_equal(shown, seen(reader, ramp, torch.tensor(s)))
+        shown = seen(reader, ramp, View(seed=s))
+        assert np.array_equal(shown, seen(reader, ramp, View(seed=s)))
         areas.append(np.ptp(shown[..., 0]) / 252 * np.ptp(shown[..., 1]) / 252)
     assert 0.55 < min(areas) < 0.7
     assert 0.9 < max(areas) <= 1
@@ -212,7 +213,7 @@ def test_the_length_is_known_before_decoding_and_a_view_does_not_change_it(shape
         content = encoded(Pictures.new("RGB", (width, height)), "jpeg")
         signal = reader.decode(content)
         facts = {"size": 0, "height": height, "width": width}
-        assert reader.length(facts) == len(reader.tokens(signal).x) == len(reader.tokens(signal, torch.tensor(height)).x)
+        assert reader.length(facts) == len(reader.tokens(signal).x) == len(reader.tokens(signal, View(seed=height)).x)
     assert (reader.length({"size": 0}) is None) == (shape == "native")
 
 

@@ -8,6 +8,7 @@ from matplotlib.cbook import get_sample_data
 
 from headwater.modalities.points import GroupStem, Points, PointsReader, along, farthest, nearest, unit, vertices
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +72,11 @@ def test_points_of_a_group_come_in_the_order_of_a_tree():
 
 def test_a_view_keeps_some_of_the_points_as_its_seed_says(ground):
     reader, cloud = PointsReader(groups=6, neighbours=8), hill(ground, 0, 0)
-    a, again, b = (reader.tokens(cloud, torch.tensor(seed)) for seed in (1, 1, 2))
+    a, again, b = (reader.tokens(cloud, View(seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(a.x, again.x)
     assert not torch.equal(a.x, b.x)
     few = PointsReader(groups=99, neighbours=1)
-    counts = {len(few.tokens(cloud[:50], torch.tensor(seed)).x) for seed in range(20)}
+    counts = {len(few.tokens(cloud[:50], View(seed=seed)).x) for seed in range(20)}
     assert min(counts) >= 30
     assert len(counts) > 3
 

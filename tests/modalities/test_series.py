@@ -9,6 +9,7 @@ from matplotlib.cbook import get_sample_data
 from headwater.modalities.action import array
 from headwater.modalities.series import Series, SeriesReader, Slots, standard
 from headwater.trunk import Trunk
+from headwater.view import View
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +87,12 @@ def test_a_view_is_a_window_that_its_seed_decides(eeg):
     reader = SeriesReader(channels=4, steps=10, length=200, scale=1.0)
     starts = set()
     for seed in range(20):
-        t = reader.tokens(eeg, torch.tensor(seed))
+        t = reader.tokens(eeg, View(seed=seed))
         window = reader.restore(row(t))
         start = int(np.abs(eeg[:, 0] - window[0, 0]).argmin())
         np.testing.assert_allclose(window, eeg[start : start + len(window)], rtol=1e-6)
         assert 120 <= len(window) <= 200
-        torch.testing.assert_close(t.x, reader.tokens(eeg, torch.tensor(seed)).x, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(t.x, reader.tokens(eeg, View(seed=seed)).x, rtol=0, atol=0, equal_nan=True)
         starts.add(start)
     assert len(starts) > 10
     assert max(starts) > 400

@@ -11,6 +11,7 @@ from headwater.embedded import place
 from headwater.modalities import decoding
 from headwater.modalities.films import BACKENDS, PyavFilm
 from headwater.modalities.video import VideoReader
+from headwater.view import View
 
 av = pytest.importorskip("av")
 
@@ -180,9 +181,9 @@ def test_a_view_starts_at_a_random_moment_from_which_the_clip_fits():
         opened = reader.decode({"mp4": content})
         starts = []
         for seed in range(60):
-            shown = (levels(reader.tokens(opened, torch.tensor(seed))) / 6).round().int().tolist()
+            shown = (levels(reader.tokens(opened, View(seed=seed))) / 6).round().int().tolist()
             again = VideoReader(32, patch=32, frames=5, **options).decode({"mp4": content})
-            assert (levels(reader.tokens(again, torch.tensor(seed))) / 6).round().int().tolist() == shown
+            assert (levels(reader.tokens(again, View(seed=seed))) / 6).round().int().tolist() == shown
             assert shown == [*range(shown[0], shown[0] + span + 1, span // 4)]
             starts.append(shown[0])
         assert 0 <= min(starts) < 5
@@ -192,11 +193,11 @@ def test_a_view_starts_at_a_random_moment_from_which_the_clip_fits():
 
 def test_a_view_of_frames_in_memory_starts_at_random_too():
     reader = VideoReader(16, patch=16, frames=2)
-    starts = {int(levels(reader.tokens(film(), torch.tensor(seed)))[0]) // 40 for seed in range(60)}
+    starts = {int(levels(reader.tokens(film(), View(seed=seed)))[0]) // 40 for seed in range(60)}
     assert starts == {0, 1, 2, 3, 4}
     assert torch.equal(reader.tokens(film()).x, reader.tokens(list(film())).x)
     short = VideoReader(16, patch=16)
-    assert torch.equal(short.tokens(film(), torch.tensor(3)).x, short.tokens(film()).x)
+    assert torch.equal(short.tokens(film(), View(seed=3)).x, short.tokens(film()).x)
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 3}, {"rate": 4.0}, {"rate": 30.0}, {"tubelet": 3}, {"rate": 2.5, "tubelet": 2}])
@@ -206,7 +207,7 @@ def test_the_length_is_known_from_the_facts_and_a_view_does_not_change_it(option
         for frames in (1, 2, 5, 13, 40):
             opened = reader.decode({"mp4": encoded(ramp(frames), *KINDS[kind])})
             facts = {"size": 9, "frames": np.float32(frames), "fps": np.float32(10), "seconds": np.float32(frames / 10)}
-            counts = {len(reader.tokens(opened, view).x) for view in (None, torch.tensor(1), torch.tensor(2))}
+            counts = {len(reader.tokens(opened, view).x) for view in (None, View(seed=1), View(seed=2))}
             assert counts == {reader.length(facts)}
             assert reader.length({k: facts[k] for k in ("frames", "fps")}) in counts
     assert reader.length({"size": 9}) is None

@@ -95,8 +95,8 @@ def test_every_hook_reaches_the_inner_objective():
             self.seen.append((hints, int(batch["text"].real().sum())))
             return batch
 
-        def after_step(self, model, step):
-            self.seen.append(step)
+        def after_step(self, model, progress):
+            self.seen.append(progress)
 
     model = cases.model()
     objective = Dropped(model, Watched, {"text": 0.5})
