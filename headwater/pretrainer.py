@@ -16,6 +16,7 @@ from headwater.init import Normal, factors, initialise
 from headwater.model import Model, Reader
 from headwater.objectives.objective import Batch, Objective, Term, weighted_sum
 from headwater.tokens import Tokens
+from headwater.training.meters import Meters
 from headwater.training.schedules import Cosine
 from headwater.training.sharding import Sharded, shard
 
@@ -77,7 +78,7 @@ class Pretrainer(pl.LightningModule):
         return self.make_optimizer(decay_groups(self, factors(self, self.init)))
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The first hook that a Trainer calls: refuse its options that this module serves in its own way."""
+        """The first hook that a Trainer calls: refuse its options that this module serves in its own way, and add meters."""
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"found trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}; a batch here is the whole "
@@ -87,7 +88,7 @@ class Pretrainer(pl.LightningModule):
             raise ValueError(
                 f"found trainer.gradient_clip_val={self.trainer.gradient_clip_val}; set model.clip, the largest gradient norm"
             )
-        return []
+        return [] if any(isinstance(callback, Meters) for callback in self.trainer.callbacks) else [Meters()]
 
     def configure_model(self) -> None:
         """Under FSDP2 the parameters are split over the ranks."""

@@ -84,7 +84,7 @@ def normal(seed: Tensor, shape: Sequence[int], name: str) -> Tensor:
 
 def gumbel(seed: Tensor, shape: Sequence[int], name: str) -> Tensor:
     """Standard Gumbel numbers, float32 of shape seed.shape + shape: the largest of logits plus these is a draw from their softmax."""
-    return -(-(uniform(seed, shape, name) + 2**-25).log()).log()  # half a step up, so that no draw is 0
+    return -(-uniform(seed, shape, name).clamp(min=2**-25).log()).log()  # no draw is 0, and none is 1
 
 
 def token_seed(seed: Tensor, t: Tokens) -> Tensor:

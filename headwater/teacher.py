@@ -35,6 +35,10 @@ class Teacher(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
 
+    def init_rules(self) -> dict[str, Any]:
+        """None of its own: those of the copy are found inside of it."""
+        return {}
+
     @torch.no_grad()
     def forward(self, *given: Any) -> Any:
         """What the module would answer."""

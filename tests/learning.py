@@ -46,5 +46,5 @@ def learned(encoder, train, held, steps=300, rows=16, rate=6e-3, ratio=0.3):
         batch = objective.task({"it": other, "seed": random.fold(torch.arange(len(other.x)), "held")})
         term = objective(model, batch)["masked"]
         mean = seen.x[seen.real()].nanmean(0)
-        control = squared_error(mean.expand_as(other.x), other.x)[batch["hidden"]].mean()
+        control = squared_error(mean.expand_as(other.x), other.x)[batch["hidden"]["it"]].mean()
     return (term.total / term.number).item(), control.item()

@@ -87,9 +87,10 @@ class ShardDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open every index and choose readers: training reads what the objective needs, held-out sources give all modalities."""
         module: Any = self.trainer.lightning_module
-        views = module.objective.views
-        asked = {name: reader for name, reader in self.readers.items() if name in module.objective.needs}
-        opened = [open_source(n, s, asked, self.seed, self.window, k, views) for k, (n, s) in enumerate(self.train.items())]
+        views, needs = module.objective.views, module.objective.needs
+        opened = [
+            open_source(n, s, self.readers, self.seed, self.window, k, views, needs) for k, (n, s) in enumerate(self.train.items())
+        ]
         self.sources = opened
         plain = {name: reader for name, reader in self.readers.items() if name not in views}
         self.validation = [open_source(n, s, plain, self.seed, 0) for n, s in self.held_out.items()]

@@ -34,7 +34,7 @@ class Source:
     Args:
         shards: a tar, folder, glob, brace range, "embedded:NAME", a URL that fsspec opens, or "pipe:COMMAND".
         weight: share of the steps, or of the samples, that come from here, relative to the other sources.
-        modalities: encoders that read from here; None = all whose members the shards hold.
+        modalities: encoders and labels that read from here; None = all whose members the shards hold.
         batch_size: samples per step over all ranks, where the data module's own does not fit this source.
         views: modalities that get a random view of each sample (crops, shifts).
         stream: how the members of a sample become tokens; None = each reader reads its own.
@@ -67,6 +67,7 @@ class OpenSource:
     Args:
         name, source: as in the recipe. number: of the source, the upper bits of its sample numbers.
         readers: modality, or view of one -> reader. seed, window: of the order. views: those that the objective asks for.
+        needs: what of the readers' names is read; None = all.
     """
 
     lost: tuple[str, ...] = ()  # guarantees that this source cannot give
@@ -80,6 +81,7 @@ class OpenSource:
         window: int,
         number: int = 0,
         views: Mapping[str, View] | None = None,
+        needs: Collection[str] | None = None,
     ) -> None:
         self.name, self.source, self.seed, self.number = name, source, seed, number
         self.cache = Cache(source.cache, source.cache_size) if source.cache else None
@@ -88,7 +90,7 @@ class OpenSource:
             self.cards: list[Card] = list(pool.map(self._card, paths))
         self.members = tuple(sorted({e for card in self.cards for e in card.extensions}))
         self.stream = source.stream or Stream()
-        self.readers = chosen(name, source, readers, self.members)
+        self.readers = chosen(name, source, readers, self.members, needs)
         self.views = viewed(source, self.readers, views or {})
         self.wanted = self.stream.wanted(self.readers, self.members)
         self.order = Order([card.samples for card in self.cards], random.seed_of(seed, *name.encode()), window)
@@ -214,14 +216,19 @@ class OpenSource:
         return {**self.__dict__, "_open": OrderedDict(), "_window": []}  # file descriptors do not cross processes
 
 
-def chosen(name: str, source: Source, readers: dict[str, Reader], members: Collection[str]) -> dict[str, Reader]:
-    """The readers that find a member in this source, checked before step 0 rather than in a worker."""
+def chosen(
+    name: str, source: Source, readers: dict[str, Reader], members: Collection[str], needs: Collection[str] | None = None
+) -> dict[str, Reader]:
+    """The readers that find a member in this source and are needed, checked before step 0 rather than in a worker.
+
+    Where none of them is needed all are returned: whoever asks then says what is missing.
+    """
     found = {k: r for k, r in readers.items() if (source.stream or Stream()).serves(k, r, members)}
     if source.modalities is not None:
         if lacking := [k for k in source.modalities if k not in found]:
             wanted = {k: readers[k].extensions if k in readers else "no encoder of that name" for k in lacking}
             raise ValueError(f"source {name} should give {lacking}, but its members are {tuple(members)}; expected {wanted}")
-        found = {k: found[k] for k in source.modalities}
+        found = {k: r for k, r in found.items() if k.partition("@")[0] in source.modalities}
     if not found:
         known = {k: r.extensions for k, r in readers.items()}
         raise ValueError(f"source {name} has the members {tuple(members)}, which no encoder reads; the encoders read {known}")
@@ -231,7 +238,7 @@ def chosen(name: str, source: Source, readers: dict[str, Reader], members: Colle
         if unsafe := PICKLES & {e.rpartition(".")[2] for e in reader.extensions}:
             raise ValueError(f"the reader of {modality} asks for {unsafe}, which are pickles; a pickle runs code and is never read")
         fitting(reader, reader.example(1, 0)[0])
-    return found
+    return {k: r for k, r in found.items() if needs is None or k in needs} or found
 
 
 def viewed(source: Source, readers: dict[str, Reader], asked: Mapping[str, View]) -> dict[str, View]:

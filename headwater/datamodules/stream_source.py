@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -45,6 +45,7 @@ class StreamSource:
         window: int,
         number: int = 0,
         views: Mapping[str, View] | None = None,
+        needs: Collection[str] | None = None,
     ) -> None:
         self.name, self.source, self.seed, self.number, self.window = name, source, seed, number, window
         self.urls = expand(source.shards)
@@ -53,7 +54,7 @@ class StreamSource:
         first = next(iter(self._samples(self.urls)), None)
         if first is None:
             raise ValueError(f"source {name} gave no sample from {self.urls[0]}: {'; '.join(self.broken) or 'it is empty'}")
-        self.readers = chosen(name, source, readers, tuple(first[1]))
+        self.readers = chosen(name, source, readers, tuple(first[1]), needs)
         self.views = viewed(source, self.readers, views or {})
         self._passing: Iterator[tuple[int, str, dict[str, bytes]]] | None = None
 
@@ -122,9 +123,10 @@ def open_source(
     window: int,
     number: int = 0,
     views: Mapping[str, View] | None = None,
+    needs: Collection[str] | None = None,
 ) -> OpenSource | StreamSource:
     """With an index where there is or can be one, else as a stream."""
-    return (StreamSource if is_stream(source) else OpenSource)(name, source, readers, seed, window, number, views)
+    return (StreamSource if is_stream(source) else OpenSource)(name, source, readers, seed, window, number, views, needs)
 
 
 def is_stream(source: Source) -> bool:

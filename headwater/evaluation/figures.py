@@ -22,9 +22,9 @@ def loss_plot(metrics: Path, target: Path) -> None:
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     with metrics.open() as file:
         for row in csv.DictReader(file):
-            if row["name"].startswith("train/") and row["name"].count("/") <= 2:
+            if row["name"].startswith("train/"):
                 curves[row["name"].removeprefix("train/")].append((int(row["step"]), float(row["value"])))
-    losses = {n: c for n, c in curves.items() if n.rsplit("/")[-1] in ("contrastive", "masked", "causal", "flow", "loss")}
+    losses = {n: c for n, c in curves.items() if n.rpartition("/")[0] not in curves}  # below a loss stand its metrics
     if not losses:
         return
     plt = _plots()

@@ -22,10 +22,11 @@ from torch.utils.flop_counter import flop_registry
 
 from headwater.init import replace
 from headwater.model import Reader
-from headwater.objectives import Objective, Weighted
+from headwater.objectives import Weighted
 from headwater.objectives.objective import weighted_sum
 from headwater.pretrainer import Pretrainer
 from headwater.tokens import Tokens
+from headwater.view import View
 
 ROWS = (2, 4, 6)  # samples of the three runs that a parabola goes through
 MOST = 1e6  # of every fact, to ask a reader for its longest sample
@@ -168,7 +169,7 @@ def step(pretrainer: Pretrainer, mode: Hollow, rows: int, precision: str, dtype:
     """One forward and backward pass on `rows` samples."""
     objective, model = pretrainer.objective, pretrainer.backbone
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    batch = example(objective, model.readers, rows, dtype)
+    batch = example(pretrainer, rows, dtype)
     mode.flops, mode.kept = Counter(), []
     own = {p.untyped_storage()._cdata for p in pretrainer.parameters()}
     names = parts_of(pretrainer)
@@ -192,22 +193,23 @@ def step(pretrainer: Pretrainer, mode: Hollow, rows: int, precision: str, dtype:
     return {name: Cost(forward[name], mode.flops[name], bytes_of[name]) for name in names}
 
 
-def example(objective: Objective, readers: dict[str, Reader], rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
+def example(pretrainer: Pretrainer, rows: int, dtype: torch.dtype | None) -> dict[str, Any]:
     """A prepared batch of what an objective needs: the longest samples, nothing padded."""
     batch: dict[str, Any] = {"seed": torch.arange(rows), "sample": torch.arange(rows)}
-    for name in objective.needs:
-        reader = readers[name.partition("@")[0]]
+    for name in pretrainer.objective.needs:
+        reader = pretrainer.readers[name]
         one = reader.example(1, 0)[0]
-        one = stretch(one, longest(reader) or one.position.shape[0])
+        one = stretch(one, longest(reader, pretrainer.objective.views.get(name)) or one.position.shape[0])
         t = reader.prepare(one.map(lambda field: field[None].repeat(rows, *[1] * field.ndim)))
         batch[name] = t._replace(x=t.x.to(dtype)) if dtype and t.x.is_floating_point() else t
     return batch
 
 
-def longest(reader: Reader) -> int | None:
-    """Tokens of the longest sample; None = the reader cannot tell."""
+def longest(reader: Reader, view: View | None = None) -> int | None:
+    """Tokens of the longest sample, or of a view of it; None = the reader cannot tell."""
     names = (*FACTS, f"tokens-{reader.digest}") if hasattr(reader, "digest") else FACTS
-    return reader.length(dict.fromkeys(names, MOST))
+    count = reader.length(dict.fromkeys(names, MOST))
+    return count if count is None or view is None else max(1, round(count * view.scale**2))
 
 
 def stretch(t: Tokens, length: int) -> Tokens:

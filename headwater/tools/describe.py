@@ -77,9 +77,9 @@ def built(recipe: dict[str, Any], device: str = "meta") -> Pretrainer:
 def costs(pretrainer: Pretrainer, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
     """Parts, totals and memory as plain data. FLOPs are per sample; activations are those of one of the `micro` pieces."""
     precision = str((recipe.get("trainer") or {}).get("precision") or "32-true")
-    readers, piece = pretrainer.backbone.readers, -(-batch // pretrainer.micro)
-    named = {name: readers.get(name.partition("@")[0]) for name in pretrainer.objective.needs}
-    tokens = {name: longest(reader) for name, reader in named.items() if reader is not None}
+    piece = -(-batch // pretrainer.micro)
+    views = pretrainer.objective.views
+    tokens = {name: longest(pretrainer.readers[name], views.get(name)) for name in pretrainer.objective.needs}
     parts, notes, state = counted(pretrainer), [], None
     for real in (False, True):
         try:

@@ -121,7 +121,7 @@ def test_the_task_is_a_function_of_the_seed_alone(name, made):
 
 def flat(value, name=""):
     """(name, tensor) of everything in a batch; NaN is made a number so that it equals itself."""
-    if isinstance(value, Tokens):
+    if isinstance(value, tuple):  # Tokens and other named ones
         value = value._asdict()
     if isinstance(value, dict):
         return [leaf for k, v in sorted(value.items()) for leaf in flat(v, k)]

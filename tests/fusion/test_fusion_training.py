@@ -10,7 +10,7 @@ from headwater.datamodules.collate import collate
 from headwater.fusion import Chain, Complete, JointTokens, Resampler
 from headwater.modalities import Action, Audio, Image, Text, Video
 from headwater.model import Model
-from headwater.objectives.masked import choose
+from headwater.objectives.masking import Uniform
 from headwater.objectives.objective import score
 from headwater.trunk import Trunk
 
@@ -48,7 +48,7 @@ def real(read):
 
 def restored(model, real, seed):
     """A third of the tokens of all modalities hidden at once, and asked for: mean error per modality, summed."""
-    hidden = {n: choose(t, torch.arange(24) + seed, 0.3, n) for n, t in real.items()}
+    hidden = {n: Uniform()(t, torch.arange(24) + seed, 0.3, n) for n, t in real.items()}
     parts = {n: t._replace(x=t.x * ~hidden[n][..., None]) for n, t in model.embed(real).items()}
     out, loss = model(parts), torch.zeros(())
     for n, t in real.items():

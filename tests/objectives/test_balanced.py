@@ -52,7 +52,7 @@ def test_terms_are_means_over_real_tokens_and_the_inner_loss_is_left_alone():
     term = found["balance"]
     assert_close(term.total / term.number, balance(once.choices, once.probability) / len(logits))
     parts = model.embed({"audio": task["audio"], "text": task["text"]})
-    parts["audio"] = parts["audio"]._replace(valid=task["audio"].real() & ~task["hidden"])
+    parts["audio"] = parts["audio"]._replace(valid=task["audio"].real() & ~task["hidden"]["audio"])
     assert len(logits) == sum(int(t.real().sum()) for t in model.encode(parts).values())
 
 

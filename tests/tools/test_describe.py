@@ -70,7 +70,7 @@ def test_flops_of_a_vision_transformer_follow_the_formula():
 @pytest.mark.parametrize("rows", [5, 24])
 def test_activations_are_what_a_real_run_keeps(rows):
     real, options = pair("cpu"), {"activities": [ProfilerActivity.CPU], "profile_memory": True}
-    batch = example(real.objective, real.backbone.readers, rows, None)
+    batch = example(real, rows, None)
     task = real.objective.task(batch)
     with profile(**options) as seen:
         loss = weighted_sum(real.objective(real.backbone, task), real.objective.numbers(task), 1)
