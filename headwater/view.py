@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class View:
 
     def uniform(self, shape: Sequence[int], name: str) -> Tensor:
         """Draws in [0, 1) of this view, float32."""
-        return random.uniform(torch.tensor(self.seed), shape, name)
+        return torch.from_numpy(np.asarray(random.uniform_of(self.seed, shape, name)))
 
     def part(self, draw: float, default: tuple[float, float]) -> float:
         """The share that a draw in [0, 1) stands for. default: smallest and largest where the view names none."""

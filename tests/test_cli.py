@@ -14,7 +14,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-import headwater
 from headwater import cli
 from headwater.datamodules.index import load_index
 from headwater.datamodules.writer import ShardWriter
@@ -161,24 +160,6 @@ def test_a_mistake_is_one_message_before_step_0(here, capsys, mistake, words):
     said = refused(capsys, *SMALL, *mistake)
     for word in words:
         assert word in said, said
-
-
-RECIPES = sorted(p.stem for p in (Path(cli.__file__).parent / "configs").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_runs_and_exports_what_loads(here, recipe):
-    folder, summary = fit(*SMALL, "--trainer.limit_val_batches", "1", recipe=recipe)
-    assert summary["step"] == 2
-    backbone = headwater.load_backbone(folder / "backbone")
-    assert set(backbone.reader) == set(backbone.card["modalities"])
-
-
-def test_recipes_are_short():
-    for name in RECIPES:
-        lines = Path(cli.recipe_path(name)).read_text().splitlines()
-        assert len(lines) <= 40, name
-        assert lines[0].startswith("# "), "the first line says what the recipe is; `headwater recipes` prints it"
 
 
 def test_an_unknown_recipe_names_the_known_ones(here):

@@ -77,3 +77,10 @@ def test_seeds_of_columns_are_those_of_each_number():
     found = random.seeds_of(7, columns[0], 3, columns[1])
     assert found.tolist() == [random.seed_of(7, a, 3, b) for a, b in zip(*(c.tolist() for c in columns))]
     assert random.seeds_of(1, 2).tolist() == [random.seed_of(1, 2)]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5)])
+def test_draws_of_one_seed_are_the_same_numbers(shape):
+    for seed in (0, 1, 77, -5, 2**62, -(2**62)):
+        expected = random.uniform(torch.tensor(seed), shape, "a name").numpy()
+        assert np.array_equal(random.uniform_of(seed, shape, "a name"), expected)

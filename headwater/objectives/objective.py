@@ -91,7 +91,8 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Per-token cross entropy in nats: (..., V), (...) ids -> (...)."""
-    flat = nn.functional.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), reduction="none")
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    flat = nn.functional.cross_entropy(wide.flatten(0, -2), target.flatten(), reduction="none")
     return flat.view(target.shape)
 
 

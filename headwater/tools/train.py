@@ -178,6 +178,7 @@ def run(given: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*Total length of.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # teachers, and what is frozen
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     sys.argv[1:] = given
     try:

@@ -103,7 +103,7 @@ class Meters(pl.Callback):
         alarms: warn when a meter leaves its bounds, once until it is back.
     """
 
-    def __init__(self, every: int = 50, samples: int = 256, alarms: bool = True) -> None:
+    def __init__(self, every: int = 100, samples: int = 256, alarms: bool = True) -> None:
         if every < 0 or samples < 2:
             raise ValueError(f"found every={every} and samples={samples}; expected 0 or more steps and 2 or more samples")
         self.every, self.samples, self.alarms = every, samples, alarms
