@@ -1,137 +1,283 @@
-"""Masked prediction in any modality: hide tokens, ask for their raw values.
+"""Masked prediction in any modality, or in several at once: hide tokens, ask what they were.
 
-mode "drop": the encoder sees only what is kept and a decoder asks at the hidden places (MAE, He et al. 2021,
-arXiv:2111.06377; https://github.com/facebookresearch/mae). mode "substitute": a learned vector stands at the hidden places
-(BERT, Devlin et al. 2018, arXiv:1810.04805).
+mode "drop": encoders see only what is kept, and a decoder that sees all of it asks at the hidden places (MAE, He et al. 2021,
+arXiv:2111.06377, https://github.com/facebookresearch/mae; of several modalities MultiMAE, Bachmann et al. 2022,
+arXiv:2204.01678). So a modality that is hidden as a whole is painted from the others. mode "substitute": a learned vector stands
+at the hidden places (BERT, Devlin et al. 2018, arXiv:1810.04805). mode "locate": values stay seen and lose their places, which
+are asked for (DropPos, Wang et al. 2023, arXiv:2309.03576).
+
+What is hidden is a policy (`masking`), what is asked for a target (`targets`), how it is scored a loss (`errors`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from headwater import random
-from headwater.init import OUTPUT, TABLE, Rule
+from headwater.init import OUTPUT, Rule
 from headwater.model import Model
-from headwater.objectives.objective import Batch, Objective, Term, check_context, part, score
-from headwater.tokens import Tokens, cat
-from headwater.trunk import Trunk
+from headwater.objectives.amounts import ratios, spared
+from headwater.objectives.asking import Drop, Locate, Substitute
+from headwater.objectives.errors import error, select
+from headwater.objectives.likelihood import Likelihood, wide
+from headwater.objectives.masking import Policy, Uniform, indices, number
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, check_context
+from headwater.objectives.salient import attended
+from headwater.objectives.targets import Asked, Target, Values
+from headwater.tokens import Tokens
 
-
-def choose(t: Tokens, seed: Tensor, ratio: float, name: str) -> Tensor:
-    """(B, N) True = hidden: in each document the round(ratio * n) of its n real tokens with the smallest draws.
-
-    At least one is hidden and one kept where a document has two or more. seed: (S,) of the samples.
-    """
-    real, sample = t.real(), t.sample()
-    draw = random.uniform(random.token_seed(seed, t), (), name).masked_fill(~real, 2.0)
-    by_draw = draw.argsort(1)
-    order = by_draw.gather(1, sample.gather(1, by_draw).argsort(dim=1, stable=True))  # by document, then by draw
-    place = Tokens(draw, t.position, document=t.sample().gather(1, order)).place()
-    rank = torch.empty_like(place).scatter_(1, order, place)
-    length = torch.zeros(len(seed), device=draw.device).index_add(0, sample.flatten(), real.flatten().float())[sample]
-    number = (ratio * length).round().clamp(min=1)
-    number = torch.where(length > 1, number.minimum(length - 1), number.minimum(length))
-    return (rank < number) & real
-
-
-def indices(chosen: Tensor, even: bool) -> tuple[Tensor, Tensor | None]:
-    """Places (B, K) of the chosen tokens (B, N), in order, and which of those K are chosen (B, K).
-
-    even: every row has as many, so that K costs no wait for the device and nothing needs a mask.
-    """
-    count = chosen.sum(1)
-    width = int(count[0]) if even else int(count.max())
-    index = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    return index, None if even else chosen.gather(1, index)
+Make = Callable[[Model, str], Target]
+Ratio = float | Schedule
+Loss = Literal["likelihood", "squared", "absolute", "smooth", "cosine", "select"]
 
 
 class Masked(Objective):
-    """Hides tokens of one modality and asks for their raw values: ids by cross entropy, vectors by squared error.
+    """Hides tokens of one or several modalities and asks for them.
+
+    ratio, policy and loss are one for all modalities that are hidden, or a dict from modalities to their own. A sample of which
+    nothing would be seen anywhere is not asked for.
 
     Args:
-        model: gives widths; its encoder must be `maskable` for mode "drop".
-        modality: what is hidden.
-        ratio: share of each document's real tokens that is hidden.
-        mode: "drop" or "substitute", see above.
-        context: other modalities that may help, through the model's fusion.
+        model: gives widths; in mode "drop" encoders must be `maskable`.
+        modality: what is hidden, one name or several.
+        ratio: share of each sample's real tokens that is hidden; a number, or a function of the run's progress. 1 = the modality
+            is never seen, only painted from others, and its encoder does not train.
+        mode: "drop", "substitute" or "locate", see above.
+        context: other modalities that are seen whole; without mode "drop" they come in through the model's fusion.
         depth, width: the decoder of mode "drop".
-        normalize: score each vector after making its mean 0 and its deviation 1 (MAE's normalised pixels).
+        policy: which tokens are hidden; None = each as likely as any other.
+        target: what is asked for; None = the values themselves. targets: modality -> its own, where it has another one.
+        loss: None = likelihood (cross entropy) for ids and squared error for vectors. "select" picks the right vector among
+            those of the sample's hidden places.
+        temperature: of "select".
+        likelihood: how ids are scored; None = -log p. An anchor or soft answers are not for masked prediction.
+        weights: modality -> factor on its loss.
+        keep, swap: in mode "substitute", shares of the hidden tokens that are left as they are, or become a random id (BERT: 0.1
+            each).
+        whole: share of the samples of which one modality, drawn among the hidden ones that they have, is hidden as a whole.
+        deal: a sample's visible tokens, the share 1 - ratio of all, are dealt out to its modalities by a draw from the flat
+            Dirichlet distribution (MultiMAE). `ratio` must be one.
     """
 
     def __init__(
         self,
         model: Model,
-        modality: str = "image",
-        ratio: float = 0.75,
-        mode: Literal["drop", "substitute"] = "drop",
+        modality: str | list[str] = "image",
+        ratio: dict[str, float] | Ratio = 0.75,
+        mode: Literal["drop", "substitute", "locate"] = "drop",
         context: list[str] | None = None,
         depth: int = 1,
         width: int = 64,
-        normalize: bool = False,
+        policy: Policy | dict[str, Policy] | None = None,
+        target: Make | None = None,
+        targets: dict[str, Make] | None = None,
+        loss: dict[str, Loss] | Loss | None = None,
+        temperature: float = 0.1,
+        likelihood: Likelihood | None = None,
+        weights: dict[str, float] | None = None,
+        keep: float = 0.0,
+        swap: float = 0.0,
+        whole: float = 0.0,
+        deal: bool = False,
     ) -> None:
         super().__init__()
-        encoder = model.encoder(modality)
-        if mode == "drop" and not encoder.maskable:
-            raise ValueError(
-                f"the encoder of {modality} ({type(encoder).__name__}) cannot work on a subset of its tokens, which mode 'drop' "
-                "needs; use mode: substitute or a patch transformer"
-            )
-        if not 0 < ratio < 1:
-            raise ValueError(f"found ratio {ratio}; expected a share between 0 and 1, for example 0.75")
-        self.modality, self.ratio, self.mode, self.normalize = modality, ratio, mode, normalize
-        self.needs = (modality, *(context or ()))
-        check_context(model, modality, self.needs[1:])
-        self.ids = encoder.vocab is not None
-        drop = mode == "drop"
-        inner = width if drop else model.width(modality)
-        self.enter = nn.Linear(model.width(modality), inner) if drop else nn.Identity()
-        self.mask = nn.Parameter(torch.randn(inner if drop else encoder.embedded) * 0.02)
-        self.decoder = Trunk(inner, depth) if drop else nn.Identity()
-        self.out = nn.Linear(inner, encoder.vocab or encoder.features)
+        self.hides = (modality,) if isinstance(modality, str) else tuple(modality)
+        self.signals = tuple(dict.fromkeys((*self.hides, *(context or ()))))
+        self.likelihood = likelihood or Likelihood()
+        self.readers = dict(self.likelihood.readers)
+        self.needs = (*self.signals, *self.readers)
+        self.ratio: dict[str, Ratio] = self._each("ratio", ratio, 0.75)
+        self.policy: dict[str, Policy] = self._each("policy", policy, Uniform())
+        self.whole, self.deal, self.temperature = whole, deal, temperature
+        self._check(model, mode, keep, swap)
+        ways: dict[str, Callable[[], Drop | Substitute]] = {
+            "drop": lambda: Drop(model, self.hides, [n for n in self.signals if self.ratio.get(n) != 1], depth, width),
+            "substitute": lambda: Substitute(model, self.hides, self.signals, keep, swap),
+            "locate": lambda: Locate(model, self.hides, self.signals),
+        }
+        self.way = ways[mode]()
+        widths = self.way.widths
+        made = {name: make(model, name) for name, make in self._each("targets", targets, target or Values).items()}
+        self.targets: Any = nn.ModuleDict(made)
+        self.out = nn.ModuleDict({n: nn.Linear(widths[n], t.size) for n, t in made.items()})
+        self.loss: dict[str, Loss] = {n: loss_of(made[n], kind, n) for n, kind in self._each("loss", loss).items()}
+        self.weights: dict[str, float] = self._each("weights", weights, 1.0)
+        self.coupled = any(t.coupled for t in made.values())
+        self.classes = made[self.hides[0]].size if len(made) == 1 and made[self.hides[0]].ids else None
+
+    def _each(self, what: str, value: Any, default: Any = None) -> dict[str, Any]:
+        """Modality -> its own value, the default where it has none."""
+        value = value if isinstance(value, Mapping) else dict.fromkeys(self.hides, value)
+        if stray := set(value) - set(self.hides):
+            raise ValueError(f"{what} names {', '.join(stray)}; what is hidden is {', '.join(self.hides)}")
+        return {name: default if value.get(name) is None else value[name] for name in self.hides}
+
+    def _check(self, model: Model, mode: str, keep: float, swap: float) -> None:
+        """Refuse what cannot work."""
+        if mode != "drop":
+            check_context(model, self.hides[0], self.signals[1:])
+        for name in self.hides:
+            encoder, ratio = model.encoder(name), at(self.ratio[name], 0.0)
+            if mode == "drop" and not encoder.maskable:
+                raise ValueError(
+                    f"the encoder of {name} ({type(encoder).__name__}) cannot work on a subset of its tokens, which mode 'drop' "
+                    "needs; use mode: substitute or a patch transformer"
+                )
+            if not 0 < ratio <= 1 or all(self.ratio.get(n) == 1 for n in self.signals):
+                raise ValueError(
+                    f"found ratio {ratio} for {name}; expected a share above 0 and below 1, for example 0.75, or 1 where other "
+                    "modalities are seen"
+                )
+            if swap and encoder.vocab is None:
+                raise ValueError(f"found swap {swap} for {name}, which is made of vectors; only ids can become other ids")
+            if self.likelihood.drop and encoder.vocab is None:
+                raise ValueError(f"found a drop in the likelihood and {name}, which is made of vectors; only ids can be hashed")
+        if self.likelihood.anchor or self.likelihood.soft:
+            raise ValueError("found anchor or soft in the likelihood of Masked; they need a reference that generates: use Causal")
+        if (keep or swap) and mode != "substitute":
+            raise ValueError(f"found keep {keep}, swap {swap} in mode {mode!r}; they belong to mode 'substitute'")
+        if min(keep, swap, self.whole) < 0 or keep + swap > 1 or self.whole > 1:
+            raise ValueError(f"found keep {keep}, swap {swap}, whole {self.whole}; expected shares, keep + swap up to 1")
+        if (self.whole or self.deal) and len(self.signals) == 1:
+            raise ValueError(f"found whole or deal with {self.hides[0]} alone; name several modalities")
+        if self.deal and len(set(self.ratio.values())) > 1:
+            raise ValueError("found deal with several ratios; one says how many tokens of all modalities are seen")
 
     def init_rules(self) -> dict[str, Rule]:
-        return {"mask": TABLE, "out.weight": OUTPUT}
+        return {f"out.{name}.weight": OUTPUT for name in self.out}
 
-    def task(self, batch: Batch, hints: None = None) -> Batch:
-        return {**batch, "hidden": choose(batch[self.modality], batch["seed"], self.ratio, f"mask/{self.modality}")}
+    def start(self, model: Model) -> None:
+        for target in self.targets.values():
+            target.start(model)
+
+    def after_step(self, model: Model, progress: float) -> None:
+        for target in self.targets.values():
+            target.after_step(model, progress)
+
+    def look(self, model: Model, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """What targets see of the whole signal, and the scores that policies go by; modalities without any are left out."""
+        found = {name: target.look(model, batch) for name, target in self.targets.items()}
+        looked = {name: x for name, x in found.items() if x is not None}
+        kinds = {name: kind for name in self.hides if (kind := self.policy[name].score) is not None}
+        scores = {n: self._losses(model, batch, n, looked) for n, kind in kinds.items() if kind == "loss"}
+        scores |= {n: attended(model.encoder(n), batch[n]) for n, kind in kinds.items() if kind == "attention"}
+        return {"looked": looked, "scores": scores}
+
+    def _losses(self, model: Model, batch: Batch, name: str, looked: dict[str, Tensor]) -> Tensor:
+        """(B, N) the error at each token when it is hidden, of two passes that hide one half of the tokens each."""
+        first = Uniform()(batch[name], batch["seed"], 0.5, f"half/{name}")
+        errors = torch.zeros(first.shape, device=first.device)
+        for half in (first, ~first & batch[name].real()):
+            hidden = {n: half if n == name else torch.zeros_like(batch[n].real()) for n in self.hides}
+            task = self._hide(batch, hidden, looked)
+            wrong = (self._errors(model, task)[name][0] * self._asked(task, name).real()).float()
+            errors = errors.scatter_add(1, task["places"][name].column, wrong)
+        return errors
+
+    def task(self, batch: Batch, hints: dict[str, dict[str, Tensor]] | None = None) -> Batch:
+        hints = hints or {"looked": {}, "scores": {}}
+        signals, hidden = {name: batch[name] for name in self.signals}, {}
+        fixed = {name: at(ratio, batch.get("progress", 0.0)) for name, ratio in self.ratio.items()}
+        for name, ratio in ratios(signals, batch["seed"], fixed, self.whole, self.deal).items():
+            hidden[name] = self.policy[name](batch[name], batch["seed"], ratio, f"mask/{name}", hints["scores"].get(name))
+        counts = {name: None if self.whole or self.deal else self._count(name, batch[name], fixed[name]) for name in hidden}
+        return self._hide(batch, spared(signals, hidden, len(batch["seed"])), hints["looked"], counts)
+
+    def _hide(
+        self,
+        batch: Batch,
+        hidden: dict[str, Tensor],
+        looked: dict[str, Tensor],
+        counts: Mapping[str, int | None] = MappingProxyType({}),
+    ) -> Batch:
+        """The batch with the columns of what is asked for, and of what is seen.
+
+        hidden: modality -> (B, N); counts: how many tokens every row loses, where that is known.
+        """
+        places, kept, seeds = {}, {}, {}
+        asked = {n: chosen & self.likelihood.keeps(batch[n]) if self.likelihood.drop else chosen for n, chosen in hidden.items()}
+        for name, chosen in hidden.items():
+            t, count = batch[name], counts.get(name)
+            places[name] = indices(asked[name], None if self.likelihood.drop else count)
+            kept[name] = indices(t.real() & ~chosen, None if count is None else chosen.shape[1] - count)
+            seeds[name] = random.fold(random.token_seed(batch["seed"], t), name).gather(1, places[name].column)
+        found = {"hidden": hidden, "asked": asked, "places": places, "kept": kept, "seeds": seeds, "looked": looked}
+        return {**batch, **found}
+
+    def _count(self, name: str, t: Tokens, ratio: float) -> int | None:
+        """How many tokens every row loses, where that is known without waiting for the device."""
+        alike = t.valid is None and t.document is None and t.position.shape[1] > 1 and self.policy[name].exact
+        return int(number(torch.tensor([float(t.position.shape[1])]), ratio)) if alike and ratio < 1 else None
 
     def numbers(self, batch: Batch) -> dict[str, Tensor]:
-        return {"masked": batch["hidden"].sum()}
+        found: dict[str, Tensor] = {}
+        for name, asked in batch["asked"].items():
+            found |= {self._term(name, extra): asked.sum() for extra in ("", *self.targets[name].terms)}
+        return found
+
+    def _term(self, name: str, extra: str = "") -> str:
+        """masked, or masked/image of several modalities; behind them the extra terms of a target."""
+        return "/".join(["masked", *([name] if len(self.hides) > 1 else []), *([extra] if extra else [])])
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
-        raw, hidden = batch[self.modality], batch["hidden"]
-        even = raw.valid is None and raw.document is None
-        index, asked = indices(hidden, even)
-        ask = self._substitute if self.mode == "substitute" else self._drop
-        predicted = self.out(ask(model, batch, index, asked, even))
-        target = raw.take(index, asked)
-        error = score(predicted, self._target(target.x), self.ids)
-        return {"masked": Term((error * target.real()).sum(), hidden.sum())}
+        terms: dict[str, Term] = {}
+        for name, (wrong, extra) in self._errors(model, batch).items():
+            weight = self.weights[name]
+            total = (wrong * self._asked(batch, name).real()).sum()
+            terms[self._term(name)] = Term(total, batch["asked"][name].sum(), weight)
+            terms |= {self._term(name, n): term._replace(weight=term.weight * weight) for n, term in extra.items()}
+        return terms
 
-    def _target(self, x: Tensor) -> Tensor:
-        if self.ids or not self.normalize:
-            return x
-        away = x - x.nanmean(-1, keepdim=True)  # of the present slots
-        spread = away.square().nansum(-1, keepdim=True) / ((~x.isnan()).sum(-1, keepdim=True) - 1).clamp(min=1)
-        return away / (spread + 1e-6).sqrt()
+    def predict(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """What is answered on what `task` returned: modality -> logits or vectors (B, K, size) at its K hidden places."""
+        features, _ = self.way(model, batch)
+        return {name: self.out[name](x) for name, x in features.items()}
 
-    def _drop(self, model: Model, batch: Batch, index: Tensor, asked: Tensor | None, even: bool) -> Tensor:
-        """Features (B, K, inner) at the hidden places, of an encoder that saw the others."""
-        parts = model.embed(part(batch, self.needs))
-        raw = batch[self.modality]
-        parts[self.modality] = parts[self.modality].take(*indices(raw.real() & ~batch["hidden"], even))
-        seen = model(parts)[self.modality]
-        seen = seen._replace(x=self.enter(seen.x))
-        query = raw.take(index, asked)
-        query = query._replace(x=self.mask.expand(*index.shape, -1).to(seen.x.dtype))
-        return self.decoder(cat([query, seen])).x[:, : index.shape[1]]
+    def _asked(self, batch: Batch, name: str) -> Tokens:
+        """Raw tokens (B, K) of the hidden places."""
+        return batch[name].take(*batch["places"][name])
 
-    def _substitute(self, model: Model, batch: Batch, index: Tensor, asked: Tensor | None, even: bool) -> Tensor:
-        """Features (B, K, inner) at the hidden places, where the mask vector went in."""
-        parts = model.embed(part(batch, self.needs))
-        t = parts[self.modality]
-        parts[self.modality] = t._replace(x=torch.where(batch["hidden"][..., None], self.mask.to(t.x.dtype), t.x))
-        return model(parts)[self.modality].take(index).x
+    def _errors(self, model: Model, batch: Batch) -> dict[str, tuple[Tensor, dict[str, Term]]]:
+        """Modality -> error per hidden place (B, K), and the extra terms of its target."""
+        found = {}
+        features, embedded = self.way(model, batch)
+        for name, x in features.items():
+            raw, index, target = self._asked(batch, name), batch["places"][name].column, self.targets[name]
+            whole = {"embedded": None, "seen": batch["looked"].get(name)}
+            if target.embeds:
+                whole["embedded"] = embedded[name] if name in embedded else model.embed({name: batch[name]})[name].x
+            here = {key: None if field is None else at_index(field, index) for key, field in whole.items()}
+            asked = Asked(raw, batch["seeds"][name], here["embedded"], here["seen"], batch.get("progress", 0.0))
+            wanted, extra = target.answer(asked)
+            found[name] = self._score(name, self.out[name](x), raw._replace(x=wanted), batch), extra
+        return found
+
+    def _score(self, name: str, predicted: Tensor, wanted: Tokens, batch: Batch) -> Tensor:
+        """(B, K)."""
+        loss = self.loss[name]
+        if loss == "likelihood":
+            return self.likelihood.cost(predicted, wanted, batch)
+        predicted = wide(predicted)
+        return select(predicted, wanted, self.temperature) if loss == "select" else error(loss, predicted, wanted.x)
+
+
+def at_index(field: Tensor, index: Tensor) -> Tensor:
+    """(B, N, ...) at the columns (B, K) -> (B, K, ...)."""
+    return field.take_along_dim(index.reshape(*index.shape, *[1] * (field.ndim - 2)), 1)
+
+
+def loss_of(target: Target, loss: Loss | None, name: str) -> Loss:
+    """The loss that fits a target."""
+    if loss is None:
+        return "likelihood" if target.ids else "squared"
+    if (loss == "likelihood") != target.ids:
+        raise ValueError(
+            f"found loss {loss} for {name}, whose target {type(target).__name__} gives {'ids' if target.ids else 'vectors'}; "
+            "likelihood is for ids, the others for vectors"
+        )
+    return loss
