@@ -3,10 +3,13 @@
 from headwater.modalities.action import Action, State
 from headwater.modalities.action_tokens import ActionTokens
 from headwater.modalities.audio import Audio
+from headwater.modalities.cells import Cells
 from headwater.modalities.codec import Codec
 from headwater.modalities.graph import Graph
 from headwater.modalities.image import Image
+from headwater.modalities.label import Categories, Category, Numbers, Transcript
 from headwater.modalities.layout import Layout
+from headwater.modalities.pixel_label import Boxes, PatchClasses
 from headwater.modalities.points import Points
 from headwater.modalities.series import Series
 from headwater.modalities.spectral import Spectral
@@ -19,16 +22,23 @@ __all__ = [
     "Action",
     "ActionTokens",
     "Audio",
+    "Boxes",
+    "Categories",
+    "Category",
+    "Cells",
     "Codec",
     "Graph",
     "Image",
     "Layout",
+    "Numbers",
+    "PatchClasses",
     "Points",
     "Series",
     "Spectral",
     "State",
     "Table",
     "Text",
+    "Transcript",
     "Video",
     "Wave",
 ]
