@@ -22,6 +22,7 @@ COMMANDS = {
     "reshard": ("headwater.tools.reshard:reshard", "Cut shards anew by number, size, key or split, at constant memory"),
     "merge": ("headwater.tools.merge:merge", "Make one set of shards of several sets, at constant memory"),
     "tokenizer": ("headwater.tools.tokenizer:tokenizer", "Train a tokenizer on the texts, or the actions, of shards"),
+    "clusters": ("headwater.tools.clusters:clusters", "Fit clusters to the tokens of shards, or to a trained tower's features"),
     "stats": ("headwater.tools.stats:stats", "Print what the indices of shards tell, without reading the shards"),
     "inspect": ("headwater.tools.inspect:inspect", "Print what shards hold, and draw it as a page with --html"),
     "describe": ("headwater.tools.describe:describe", "Print what a recipe builds and costs, without the memory for it"),

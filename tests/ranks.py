@@ -48,6 +48,11 @@ class Ranks:
             process.start()
             there.close()
             self.members.append((process, here))
+        for rank, (_, pipe) in enumerate(self.members):
+            if not pipe.poll(5 * self.timeout):  # imports take long on a busy machine, and no call should pay for them
+                self.stop()
+                raise TimeoutError(f"rank {rank} did not start")
+            pipe.recv_bytes()
 
     def stop(self):
         for process, _ in self.members:
@@ -58,7 +63,8 @@ class Ranks:
 
 def serve(rank, world, meeting, timeout, pipe):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=5 * timeout))
+    pipe.send_bytes(b"ready")
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())
