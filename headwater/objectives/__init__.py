@@ -2,11 +2,68 @@
 
 from headwater.objectives.balanced import Balanced
 from headwater.objectives.causal import Causal
+from headwater.objectives.codes import Clusters as Clusters
+from headwater.objectives.codes import Quantiser as Quantiser
+from headwater.objectives.codes import RandomProjection as RandomProjection
+from headwater.objectives.consistency import Consistent as Consistent
 from headwater.objectives.contrastive import Contrastive
+from headwater.objectives.ctc import CTC
+from headwater.objectives.distilled import Distilled
 from headwater.objectives.dropout import Dropped
+from headwater.objectives.features import Features as Features
 from headwater.objectives.flow import Flow
+from headwater.objectives.gaussian import Gaussian as Gaussian
+from headwater.objectives.hard_negatives import HardNegatives as HardNegatives
+from headwater.objectives.hard_negatives import WithoutFalse as WithoutFalse
+from headwater.objectives.joint_embedding import JointEmbedding
+from headwater.objectives.latent import Latent
 from headwater.objectives.masked import Masked
+from headwater.objectives.matched import Matched
+from headwater.objectives.matching import Matching
 from headwater.objectives.objective import Objective, Term
+from headwater.objectives.paired import Paired
+from headwater.objectives.positions import Positions
+from headwater.objectives.regions import Regions
+from headwater.objectives.related import Related
+from headwater.objectives.replaced import Replaced
+from headwater.objectives.segments import Segments
+from headwater.objectives.self_distillation import SelfDistillation
+from headwater.objectives.shuffled import Shuffled
+from headwater.objectives.soft_positives import Momentum as Momentum
+from headwater.objectives.soft_positives import Nearest as Nearest
+from headwater.objectives.soft_positives import NoiseAware as NoiseAware
+from headwater.objectives.supervised import Supervised
+from headwater.objectives.swapped import Swapped
+from headwater.objectives.token_sets import LateInteraction as LateInteraction
+from headwater.objectives.token_sets import Transport as Transport
+from headwater.objectives.transformed import Transformed
 from headwater.objectives.weighted import Weighted
 
-__all__ = ["Balanced", "Causal", "Contrastive", "Dropped", "Flow", "Masked", "Objective", "Term", "Weighted"]
+__all__ = [
+    "CTC",
+    "Balanced",
+    "Causal",
+    "Contrastive",
+    "Distilled",
+    "Dropped",
+    "Flow",
+    "JointEmbedding",
+    "Latent",
+    "Masked",
+    "Matched",
+    "Matching",
+    "Objective",
+    "Paired",
+    "Positions",
+    "Regions",
+    "Related",
+    "Replaced",
+    "Segments",
+    "SelfDistillation",
+    "Shuffled",
+    "Supervised",
+    "Swapped",
+    "Term",
+    "Transformed",
+    "Weighted",
+]
