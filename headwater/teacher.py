@@ -56,8 +56,7 @@ class Teacher(nn.Module):
         """
         pairs = [(mine.detach(), theirs.detach()) for mine, theirs in _pairs(self.module.parameters(), module.parameters())]
         if pairs:
-            mine, theirs = zip(*pairs, strict=True)
-            torch._foreach_lerp_(list(mine), [t.to(m.dtype) for m, t in pairs], 1 - momentum)
+            torch._foreach_lerp_([own for own, _ in pairs], [other.to(own.dtype) for own, other in pairs], 1 - momentum)
         for mine, theirs in _pairs(self.module.buffers(), module.buffers()):
             mine.copy_(theirs)
 

@@ -34,7 +34,8 @@ def test_part_of_a_model_shares_it_and_leaves_its_mode_alone():
     model = cases.model()
     part = model.only(["image@global0", "text"], fusion=True)
     assert list(part.encoders) == ["image", "text"] == list(part.projections)
-    assert part.encoders["image"] is model.encoders["image"] and part.fusion is model.fusion
+    assert part.encoders["image"] is model.encoders["image"]
+    assert part.fusion is model.fusion
     model.eval()
     model.only(["image"])
     assert not any(module.training for module in model.modules())
@@ -97,7 +98,8 @@ def test_a_projector_has_norms_between_its_layers_and_one_behind_when_asked():
     kinds = [type(layer).__name__ for layer in Projector([4, 8, 8, 2])]
     assert kinds == ["Linear", "GlobalNorm", "GELU", "Linear", "GlobalNorm", "GELU", "Linear"]
     last = Projector([4, 8, 2], last_norm=True)[-1]
-    assert isinstance(last, GlobalNorm) and last.weight is None
+    assert isinstance(last, GlobalNorm)
+    assert last.weight is None
     assert [type(layer).__name__ for layer in Projector([4, 8, 2], "none")] == ["Linear", "GELU", "Linear"]
     with pytest.raises(ValueError, match="sizes"):
         Projector([4])

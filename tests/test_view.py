@@ -67,7 +67,8 @@ def test_sounds_and_texts_have_parts_too():
     whole, part = (len(audio.tokens(wave, view).x) for view in (View(seed=1), View(share=(0.3, 0.4), seed=1)))
     assert 0.25 * whole < part < 0.45 * whole
     noisy, plain = (audio.tokens(wave, View(strength=s, seed=1)).x for s in (1.0, 0.0))
-    assert noisy.shape == plain.shape and not torch.equal(noisy, plain)
+    assert noisy.shape == plain.shape
+    assert not torch.equal(noisy, plain)
     text = TextReader(length=200)
     words = "one two three four five six seven eight nine ten"
 
@@ -76,7 +77,8 @@ def test_sounds_and_texts_have_parts_too():
 
     assert seen(View(seed=1)) == words.split()
     runs = {" ".join(seen(View(share=(0.2, 0.5), seed=seed))) for seed in range(40)}
-    assert len(runs) > 10 and all(run in words and 2 <= len(run.split()) <= 5 for run in runs)
+    assert len(runs) > 10
+    assert all(run in words and 2 <= len(run.split()) <= 5 for run in runs)
     lost = [len(seen(View(strength=0.3, seed=seed))) for seed in range(200)]
     assert 6.5 < np.mean(lost) < 7.5
     assert seen(View(strength=1.0)) != []
@@ -126,8 +128,10 @@ def test_the_loader_makes_the_views_that_are_asked_for_and_labels_follow(source)
     for read in source.read(np.arange(8)):
         top, left, height, width = read.sample["box"].x[0].tolist()
         shown = read.sample["image@a"].x.view(64, 8, 8, 3)  # the colours tell the row and the column
-        assert abs(int(shown[..., 0].min()) - top) <= 1 and abs(int(shown[..., 0].max()) - (top + height - 1)) <= 1
-        assert abs(int(shown[..., 1].min()) - left) <= 1 and abs(int(shown[..., 1].max()) - (left + width - 1)) <= 1
+        assert abs(int(shown[..., 0].min()) - top) <= 1
+        assert abs(int(shown[..., 0].max()) - (top + height - 1)) <= 1
+        assert abs(int(shown[..., 1].min()) - left) <= 1
+        assert abs(int(shown[..., 1].max()) - (left + width - 1)) <= 1
     a, b = (source.read(np.arange(2))[k].sample["image@a"].x for k in (0, 1))
     assert not torch.equal(a, b)
 
@@ -144,4 +148,5 @@ def test_views_of_one_shape_are_encoded_in_one_pass_and_as_if_alone(monkeypatch)
     for name, t in model.encode(model.embed(batch)).items():
         torch.testing.assert_close(t.x, alone[name].x)
         assert t.position.shape == alone[name].position.shape
-    assert 15 in passes and len(passes) <= 2
+    assert 15 in passes
+    assert len(passes) <= 2

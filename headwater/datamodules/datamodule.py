@@ -207,10 +207,7 @@ class ShardDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Floats and normalisation, on the device."""
         readers = self.readers
-        return {
-            name: readers[name].prepare(value) if isinstance(value, Tokens) else value
-            for name, value in batch.items()
-        }
+        return {name: readers[name].prepare(value) if isinstance(value, Tokens) else value for name, value in batch.items()}
 
 
 def as_it_is(batch: Any) -> Any:

@@ -251,9 +251,9 @@ def drawn(views: Mapping[str, View], readers: Mapping[str, Reader], seeds: Tenso
     every = {name: random.fold(seeds, name).tolist() for name in views}
     made = [{name: replace(view, seed=every[name][k]) for name, view in views.items()} for k in range(len(seeds))]
     for name, reader in readers.items():
-        if reader.follows in views:
+        if (leader := reader.follows) is not None and leader in views:
             for sample in made:
-                sample[name] = sample[reader.follows]
+                sample[name] = sample[leader]
     return made
 
 

@@ -48,9 +48,7 @@ class Stream:
                 out[name] = counted(reader, self.rename.get(member, member), named[member], hints)
         return out
 
-    def tokens(
-        self, readers: Readers, members: dict[str, bytes], views: Mapping[str, View]
-    ) -> tuple[Sample, dict[str, Exception]]:
+    def tokens(self, readers: Readers, members: dict[str, bytes], views: Mapping[str, View]) -> tuple[Sample, dict[str, Exception]]:
         """A sample's modalities, and what was wrong with those that are missing. views: modality -> its random view."""
         sample, faults = {}, {}
         named = self._named(members)
@@ -106,9 +104,7 @@ class Interleaved(Stream):
             out[self.image] = None if None in known else sum(n for n in known if n is not None)
         return out
 
-    def tokens(
-        self, readers: Readers, members: dict[str, bytes], views: Mapping[str, View]
-    ) -> tuple[Sample, dict[str, Exception]]:
+    def tokens(self, readers: Readers, members: dict[str, bytes], views: Mapping[str, View]) -> tuple[Sample, dict[str, Exception]]:
         parts: dict[str, list[Tokens]] = {self.text: [], self.image: []}
         faults: dict[str, Exception] = {}
         try:

@@ -102,7 +102,8 @@ def window(height: int, width: int, view: View, default: tuple[float, float] = (
 
 def crop(pictures: np.ndarray, view: View, default: tuple[float, float] = (0.6, 1.0)) -> np.ndarray:
     """What a view sees of (..., H, W, C), the same part of each."""
-    top, left, tall, wide = window(*pictures.shape[-3:-1], view, default)
+    height, width = pictures.shape[-3:-1]
+    top, left, tall, wide = window(height, width, view, default)
     return pictures[..., top : top + tall, left : left + wide, :]
 
 

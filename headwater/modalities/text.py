@@ -182,7 +182,7 @@ class Text(Encoder):
 
 
 def fewer(text: str, view: View) -> str:
-    """The words that a view sees: a run of them, all unless it names a share, of which each is lost with its strength; at least one."""
+    """The words that a view sees: a run of them, all unless it names a share, less those that its strength takes; at least one."""
     words = text.split()
     if not words or (view.share is None and not view.strength):
         return text

@@ -67,11 +67,11 @@ class VideoReader(Reader):
         """signal: a Film, or frames that were taken already: uint8 (T, H, W, 3) or a list of pictures."""
         start = 0.0 if view is None else view.uniform((1,), "start").item()
         taken = self._take(signal, start) if isinstance(signal, Film) else self._cut(signal, start)
-        size, frames = self.size, [rgb(frame) for frame in taken]
+        size, shown = self.size, [rgb(frame) for frame in taken]
         if view is not None:
             size = max(1, round(view.scale * self.size / self.patch)) * self.patch
-            frames = [recolour(crop(frame, view, (1.0, 1.0)), view) for frame in frames]
-        frames = np.stack([fit(frame, size) for frame in frames])
+            shown = [recolour(crop(frame, view, (1.0, 1.0)), view) for frame in shown]
+        frames = np.stack([fit(frame, size) for frame in shown])
         if missing := -len(frames) % self.tubelet:
             frames = np.concatenate([frames, frames[-1:].repeat(missing, 0)])
         position, order = tubes(len(frames) // self.tubelet, size // self.patch, self.tubelet)

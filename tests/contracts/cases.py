@@ -3,6 +3,7 @@
 An export whose arguments all have defaults is swept by itself; one that needs arguments gets a line in a table below.
 """
 
+import copy
 import inspect
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,42 @@ import torch
 from headwater import fusion, modalities, objectives, random
 from headwater.datamodules.collate import collate
 from headwater.datamodules.plan import pack
-from headwater.model import Model
-from headwater.objectives import Balanced, Causal, Contrastive, Dropped, Flow, Masked, Weighted
+from headwater.modalities.label import Numbers
+from headwater.model import Encoder, Model
+from headwater.objectives import (
+    Balanced,
+    Causal,
+    Contrastive,
+    Distilled,
+    Dropped,
+    Flow,
+    Latent,
+    Masked,
+    Matched,
+    Paired,
+    Related,
+    Weighted,
+    label_losses,
+    transformed,
+)
+from headwater.objectives.codes import Clusters, Quantiser, RandomProjection
+from headwater.objectives.comparison import Prototypes, Regression
+from headwater.objectives.consistency import Consistent
+from headwater.objectives.features import Features
+from headwater.objectives.gaussian import Gaussian
+from headwater.objectives.hard_negatives import HardNegatives, WithoutFalse
+from headwater.objectives.likelihood import Anchor, Confidence, HashDrop, Likelihood, Rewarded, Soft, Tempered
+from headwater.objectives.masking import Blocks, Spans, Suffix, Uniform, Units, Words
+from headwater.objectives.pair_losses import Bound, Margin, Sigmoid
+from headwater.objectives.positives import Alike, SameLabel
+from headwater.objectives.replaced import AnyId, Elsewhere, Unigram
+from headwater.objectives.salient import Salient
+from headwater.objectives.scores import Cosine
+from headwater.objectives.self_distillation import Hidden
+from headwater.objectives.soft_positives import Momentum, Nearest, NoiseAware
+from headwater.objectives.targets import Places, Values
+from headwater.objectives.token_sets import LateInteraction, Transport
+from headwater.objectives.weighted import Alternate, Draw
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
 
@@ -46,7 +81,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 # encoders: name -> function of a trunk
 robotic = (modalities.Action, modalities.ActionTokens, modalities.State)  # want to know the size
-plain = [cls for cls in exports(modalities) if small(cls, None) and cls not in robotic]
+plain = [cls for cls in exports(modalities) if issubclass(cls, Encoder) and small(cls, None) and cls not in robotic]
 ENCODERS = {cls.__name__: partial(lambda cls, t: small(cls, t)(), cls) for cls in plain} | {
     "Action choices": lambda t: modalities.Action(t, choices=5),
     "Action slots": lambda t: modalities.Action(t, slots=3),
@@ -110,18 +145,242 @@ OBJECTIVES = {
     "Causal prefix": partial(Causal, prefix=["image"]),
     "Causal context": partial(Causal, modality="choice", context=["video"]),
     "Causal vectors": partial(Causal, modality="video", context=["action"]),
+    "Causal likelihood": lambda model: Causal(
+        model, likelihood=Likelihood(Tempered(0.5), [Confidence(0.05)], HashDrop(k=3, h=1), Anchor(0.01, power=1.0), Soft(0.05))
+    ),
+    "Causal rewarded": lambda model: Causal(
+        model, likelihood=Likelihood(weights=[Rewarded(Numbers(["reward"]), beta=4.0, label="label")])
+    ),
     "Contrastive sounds": partial(Contrastive, a="audio", b="video"),
+    "Contrastive pairs": partial(
+        Contrastive, pairs=[("image", "text", 1), ("text", "action", 0.5), ("image", "action", 2)], tile=12
+    ),
+    "Contrastive sigmoid": partial(Contrastive, loss=partial(Sigmoid, bias=-2.0), tile=12),
+    "Contrastive margin": partial(Contrastive, loss=partial(Margin, others="all"), directions="back"),
+    "Contrastive bound": partial(Contrastive, loss=Bound, tile=12),
+    "Contrastive views": partial(Contrastive, a="image@0", b="image@1", score=partial(Cosine, head=[12, 6]), within=True),
+    "Contrastive late": partial(Contrastive, score=LateInteraction, tile=12),
+    "Contrastive query": partial(Contrastive, score=partial(LateInteraction, query="text", reduce="sum", top=2, merge=2)),
+    "Contrastive transport": partial(Contrastive, score=partial(Transport, steps=3), tile=12),
+    "Contrastive gaussian": partial(Contrastive, score=partial(Gaussian, wide="text"), loss=partial(Sigmoid, bias=5.0)),
+    "Contrastive consistent": partial(Contrastive, score=partial(Consistent, tile=2)),
+    "Contrastive label": partial(Contrastive, positives=partial(SameLabel, label=modalities.Category(3)), tile=12),
+    "Contrastive alike": partial(Contrastive, positives=partial(Alike, label=modalities.Categories(["a", "b", "c"]))),
+    "Contrastive hard": partial(
+        Contrastive,
+        positives=partial(HardNegatives, alpha=0.5, inner=partial(SameLabel, label=modalities.Category(3), share="by score")),
+        queue=10,
+    ),
+    "Contrastive without false": partial(Contrastive, positives=partial(WithoutFalse, above=0.5), within=True),
+    "Contrastive momentum": partial(Contrastive, positives=partial(Momentum, temperature=0.5), momentum=0.9, queue=10),
+    "Contrastive nearest": partial(Contrastive, positives=partial(Nearest, k=2), queue=10),
+    "Contrastive noise": partial(Contrastive, positives=partial(NoiseAware, warmup=1, toward="uniform")),
+    "Contrastive past": partial(Contrastive, score=partial(Cosine, head=[6], norm="layer"), momentum=0.9, queue=10),
     "Flow context": partial(Flow, modality="action", context=["text"]),
-    "Masked normalized": partial(Masked, modality="video", normalize=True, width=16),
-    "Masked context": partial(Masked, modality="audio", ratio=0.4, context=["video", "text"], width=16),
-    "Masked ids": partial(Masked, modality="text", ratio=0.3, mode="substitute"),
+    "Masked clusters": partial(Masked, modality="audio", ratio=0.4, width=16, target=partial(Clusters, size=4)),
+    "Masked clusters of a tower": lambda model: Masked(
+        model, "image", 0.4, "substitute", target=partial(Clusters, size=4, tower=trained("image"), layer=1)
+    ),
+    "Masked projection": partial(
+        Masked, modality="video", ratio=0.4, mode="substitute", target=partial(RandomProjection, size=8, width=4), policy=Spans(2)
+    ),
+    "Masked quantiser": partial(
+        Masked, modality="audio", ratio=0.5, mode="substitute", loss="select", target=partial(Quantiser, books=2, codes=5, size=6)
+    ),
+    "Masked features": partial(
+        Masked, modality="audio", ratio=0.5, mode="substitute", loss="smooth", target=partial(Features, top=1, norm="sample")
+    ),
+    "Masked features of words": partial(Masked, modality="text", ratio=0.3, mode="substitute", target=partial(Features, top=1)),
+    "Masked features of a tower": lambda model: Masked(
+        model, "image", 0.5, width=16, loss="cosine", target=partial(Features, tower=trained("image"))
+    ),
+    "Replaced original": partial(objectives.Replaced, generator=Unigram, ask="original", over="hidden", ratio=0.3, weight=1.0),
+    "Replaced elsewhere": partial(objectives.Replaced, generator=Elsewhere, ratio=0.4, context=["image"]),
+    "Replaced choices": partial(objectives.Replaced, modality="choice", generator=AnyId, ratio=0.4, over="hidden"),
+    "Masked tubes": partial(Masked, modality="video", policy=Units([1, 2]), target=partial(Values, normalize=True), width=16),
+    "Masked context": partial(Masked, modality="audio", ratio=0.4, context=["video", "text"], policy=Spans(2), width=16),
+    "Masked ids": partial(Masked, modality="text", ratio=0.3, mode="substitute", policy=Words([32]), keep=0.1, swap=0.2),
+    "Masked select": partial(Masked, modality="audio", ratio=0.6, mode="substitute", loss="select"),
+    "Masked several": partial(
+        Masked,
+        modality=["image", "audio", "text"],
+        deal=True,
+        whole=0.3,
+        loss={"image": "smooth", "audio": "cosine"},
+        weights={"text": 0.5},
+        width=16,
+    ),
+    "Masked salient": partial(
+        Masked,
+        modality=["image", "action"],
+        ratio={"image": 0.5, "action": 0.4},
+        mode="substitute",
+        policy={"image": Salient(), "action": Salient("loss", most=False, temperature=0.5)},
+        loss="absolute",
+    ),
+    "Masked places": partial(
+        Masked, ratio=0.5, mode="locate", policy=Blocks(), target=partial(Places, cells=[1, 2, 2]), context=["text"]
+    ),
+    "JointEmbedding": partial(objectives.JointEmbedding, projector=[16, 8]),
+    "JointEmbedding gaussian": partial(
+        objectives.JointEmbedding, modalities=["text"], terms={"invariance": 1, "gaussian": 0.1}, views=3, projector=[8], slices=8
+    ),
+    "JointEmbedding pair": partial(
+        objectives.JointEmbedding, modalities=["video", "action"], terms={"alignment": 1.0, "barlow": 0.1, "unit": 0.1}, views=0
+    ),
+    "JointEmbedding alone": partial(
+        objectives.JointEmbedding, modalities=["action"], terms={"orthogonality": 0.1, "spread": 0.1}, views=0, projector=[]
+    ),
+    "Swapped": partial(objectives.Swapped, prototypes=4, temperature=0.3, entropy=0.2),
+    "Swapped shared": partial(objectives.Swapped, a="audio@0", b="audio@1", prototypes=4, shared=True, entropy=0.2),
+    "Regions views": partial(
+        objectives.Regions,
+        a="image@0",
+        b="image@1",
+        regions={f"image@{k}": modalities.Cells(2, follows=f"image@{k}") for k in (0, 1)},
+        near=0.0,
+        tile=12,
+    ),
+    "Regions phrases": partial(
+        objectives.Regions,
+        a="image",
+        b="text",
+        regions={"image": modalities.Boxes(), "text": modalities.Numbers(["first", "last"], [0, -9], [1.0, 0.5])},
+        near=0.0,
+    ),
+    "Regions sample": partial(objectives.Regions, a="video", b="action", span=2.0, near=1.0, negatives="sample"),
+    "SelfDistillation": partial(objectives.SelfDistillation, compare=partial(Prototypes, prototypes=12, sizes=[16, 8])),
+    "SelfDistillation audio": partial(
+        objectives.SelfDistillation, modality="audio", larges=1, smalls=2, compare=partial(Regression, sizes=[16], hidden=8)
+    ),
+    "SelfDistillation hidden": partial(
+        objectives.SelfDistillation,
+        compare=partial(Prototypes, prototypes=12, sizes=[16, 8], balance="sinkhorn"),
+        smalls=1,
+        hidden=Hidden(Uniform(), share=0.8),
+        spread=0.1,
+    ),
+    "SelfDistillation still": partial(
+        objectives.SelfDistillation, modality="text", momentum=None, smalls=0, compare=partial(Regression, sizes=[16, 8], hidden=8)
+    ),
+    "Supervised": partial(objectives.Supervised, label=modalities.Category(3), told=True),
+    "Supervised tags": partial(
+        objectives.Supervised,
+        label=modalities.Categories(["a", "b", "c"]),
+        modality="text",
+        loss=label_losses.Binary,
+        context=["audio"],
+        weight=modalities.Numbers(["sure"]),
+    ),
+    "Supervised order": partial(
+        objectives.Supervised, label=modalities.Category(4), modality="audio", loss=label_losses.Ordinal, unit="token"
+    ),
+    "Supervised votes": partial(
+        objectives.Supervised, label=modalities.Categories(["a", "b"]), modality="video", loss=label_losses.Votes, unit="token"
+    ),
+    "Supervised numbers": partial(
+        objectives.Supervised,
+        label=modalities.Numbers(["a", "b"], [1.0, 2.0], [0.5, 2.0]),
+        modality="action",
+        loss=partial(label_losses.Regression, delta=1.0),
+    ),
+    "Transformed turned": partial(objectives.Transformed, modality="image", transform=transformed.Rotation()),
+    "Transformed order": partial(objectives.Transformed, modality="text", transform=transformed.Permutation(3)),
+    "Transformed speed": partial(objectives.Transformed, modality="text", transform=transformed.Speed([1, 2], 3)),
+    "Positions": partial(objectives.Positions, cells=[1, 2, 2], seen=0.5),
+    "Positions audio": partial(objectives.Positions, modality="audio", cells=[8]),
+    "Shuffled": partial(objectives.Shuffled, modality="audio", length=8),
+    "Shuffled context": partial(objectives.Shuffled, modality="text", ratio=(0.3, 1.0), length=24, context=["video"]),
+    "Matching random": partial(objectives.Matching, a="video", b="action", negatives="random"),
+    "Segments": partial(objectives.Segments, length=3),
+    "Segments bilinear": partial(objectives.Segments, length=3, relations=["next", "other"], scorer="bilinear", negatives="hard"),
+    "CTC": partial(objectives.CTC, label=modalities.Transcript("abc")),
+    "Latent tubes": partial(
+        Latent, modality="video", policy=Units([1, 2]), ratio=0.6, targets=1, context=["text"], distance="absolute", width=16
+    ),
+    "Latent window": partial(
+        Latent,
+        modality="audio",
+        policy=Uniform(),
+        ratio=0.3,
+        targets=2,
+        window=Uniform(),
+        teacher="same",
+        distance="cosine",
+        width=16,
+    ),
+    "Latent ahead": partial(
+        Latent, modality="video", ahead=1, prefix=["text"], context=["choice"], teacher="start", distance="squared", width=16
+    ),
+    "Latent flow": partial(Latent, modality="audio", policy=Suffix(), ratio=0.5, targets=1, distance="flow", width=16),
+    "Latent from others": partial(
+        Weighted,
+        parts={
+            "image": partial(Latent, ratio=1.0, targets=1, context=["text"], width=16),
+            "text": partial(Latent, modality="text", ratio=1.0, targets=1, context=["image"], teacher="start", width=16),
+        },
+    ),
+    "Paired beside next": partial(
+        Weighted, parts={"next": partial(Causal, modality="text"), "pair": partial(Paired, b="choice", tokens=2)}
+    ),
+    "Paired both ways": partial(
+        Weighted,
+        parts={
+            "forth": partial(Paired, a="audio", b="video", tokens=0, teacher="same", causal=False),
+            "back": partial(Paired, a="video", b="audio", tokens=2, teacher="average", causal=False),
+        },
+    ),
+    "Paired views": partial(Paired, a="audio@a", b="audio@b", causal=False),
+    "Latent views": partial(
+        Latent, modality="audio@b", policy=Uniform(), ratio=0.5, targets=1, context=["audio@a"], teacher="same", width=16
+    ),
+    "Distilled": partial(Distilled, inner=Causal, teachers=["start", "average"], temperature=2.0, top=9, mass=0.9),
+    "Distilled hint": partial(
+        Weighted,
+        parts={
+            "next": partial(Causal, prefix=["image"]),
+            "alone": partial(
+                Distilled, inner=Causal, guide=partial(Causal, prefix=["image"]), weight=lambda _: 0.2, match="cross_entropy"
+            ),
+        },
+    ),
+    "Distilled logits": partial(Distilled, inner=partial(Causal, modality="choice", context=["video"]), match="squared"),
+    "Matched": lambda model: Matched(model, modalities.Image(trunk(24), 16, 4), "image"),  # it reads other patches
+    "Matched blocks": lambda model: beside(model, "video", ENCODERS["Video"](trunk(24)), level="tokens", layers=(0, -1)),
+    "Matched attention": lambda model: beside(model, "text", ENCODERS["Text"](Trunk(24, 1, 3)), level="attention"),
+    "Related": lambda model: Related(model, other(image="Image"), "image"),
+    "Related across": lambda model: Related(model, other(image="Image", text="Text"), "image", "text", temperature=0.2),
     "Weighted": partial(Weighted, parts=PARTS, weights={"mask": 0.5}),
+    "Weighted per sample": partial(Weighted, parts=PARTS, turns=Draw({"mask": 2.0}, per="sample")),
+    "Weighted in turn": partial(
+        Weighted,
+        parts={"a": partial(Causal, prefix=["audio"]), "b": partial(Causal, modality="audio", prefix=["text"])},
+        turns=Alternate(),
+        per_class=True,
+    ),
     "Balanced": lambda model: Balanced(routed(model), partial(Masked, modality="audio", context=["text"], width=16), z_weight=0.1),
     "Dropped": partial(
         Dropped, inner=partial(Masked, modality="audio", ratio=0.4, context=["text"], width=16), rates={"audio": 0.2, "text": 0.5}
     ),
     "Dropped weighted": partial(Dropped, inner=partial(Weighted, parts=PARTS), rates={"action": 0.3, "text": 0.3}),
 }
+
+
+def beside(model, modality, teacher, **options):
+    """What a match of inner parts leaves alone, another objective trains."""
+    parts = {"mask": partial(Masked, modality=modality, mode="substitute"), "match": partial(Matched, teacher=teacher)}
+    parts["match"] = partial(parts["match"], modality=modality, **options)
+    return Weighted(model, parts)
+
+
+def other(**kinds):
+    """A model to learn from: modality -> kind of encoder."""
+    return Model({name: ENCODERS[kind](trunk(24)) for name, kind in kinds.items()}, space=12)
+
+
+def trained(modality):
+    """The encoder of another model, as a tower that was trained before."""
+    return model(seed=5, fuse=None).encoder(modality)
 
 
 def routed(model):
@@ -146,11 +405,36 @@ def objective(name, model, seed=0):
     return OBJECTIVES[name](model).double()
 
 
+def readers(model, objective):
+    """Of every modality, of the views that the objective asks for, and of its labels."""
+    every = {**model.readers, **objective.readers}
+    return every | {name: seen(every[name.partition("@")[0]], name, view) for name, view in objective.views.items()}
+
+
+def seen(reader, name, view):
+    """The reader, whose examples are a little changed, and fewer tokens where the view is smaller."""
+    reader = copy.copy(reader)
+    plain = reader.example
+
+    def example(n, seed):
+        return [part(t, k) for k, t in enumerate(plain(n, seed))]
+
+    def part(t, k):
+        t = t.map(lambda field: field[: max(1, round(view.scale**2 * len(t.position)))])
+        noise = random.uniform(torch.tensor(k), t.x.shape, name)
+        return t._replace(x=(t.x * (0.9 + 0.2 * noise)).to(t.x.dtype)) if reader.vocab is None else t
+
+    reader.example = example
+    return reader
+
+
 def examples(readers, n=7, seed=0):
-    """n samples; every fifth one lacks text, every fifth one actions."""
+    """n samples; of every five one lacks text, another one actions, another one its label."""
     columns = {name: reader.example(n, seed) for name, reader in readers.items()}
-    lacks = {"text": 3, "action": 2, "choice": 2}
-    return [{name: column[i] for name, column in columns.items() if i % 5 != lacks.get(name, -1)} for i in range(n)]
+    lacks = {"text": 3, "action": 2, "choice": 2, "label": 1}
+    return [
+        {name: column[i] for name, column in columns.items() if i % 5 != lacks.get(name.partition("@")[0], -1)} for i in range(n)
+    ]
 
 
 def batch(readers, samples, numbers=None, packed=False, salt=0):
