@@ -26,12 +26,12 @@ from headwater.objectives.objective import cross_entropy
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
 
-STEPS = 300
+STEPS = 400  # these, the rate and the ratios were chosen on seed 100 and 80 training episodes that were held out
 
 
 def made() -> Model:
     encoders = {
-        "video": Video(Trunk(width=96, depth=1, heads=3), size=56, patch=14, frames=12),
+        "video": Video(Trunk(width=96, depth=1, heads=3), size=56, patch=14, frames=12, tubelet=2),
         "action": Action(Trunk(width=96, depth=1, heads=3), choices=7, steps=12),
     }
     return Model(encoders, partial(JointTokens, trunk=Trunk(width=96, depth=1, heads=3)))
@@ -66,7 +66,7 @@ def main() -> None:
     share = (seen.x[seen.real()].bincount(minlength=7).float() + 0.5).log()
     share = share - share.logsumexp(0)
     mean = float(share[actions.x[actions.real()]].mean())
-    objective = partial(Masked, modality=["video", "action"], ratio={"video": 0.75, "action": 0.5}, whole=0.5, depth=2, width=96)
+    objective = partial(Masked, modality=["video", "action"], ratio={"video": 0.2, "action": 0.5}, whole=0.5, depth=2, width=96)
     arms: dict[str, list[float]] = {name: [] for name in ("own film", "film of another", "mean")}
     for seed in range(2 if quick else 5):
         arms["mean"].append(mean)
