@@ -20,8 +20,8 @@ from benchmarks.claims import trial
 from headwater.modalities import Audio, Text
 from headwater.model import Model
 from headwater.objectives import Contrastive
-from headwater.objectives.hard_negatives import HardNegatives
-from headwater.objectives.pair_losses import Softmax
+from headwater.objectives.contrast.hard_negatives import HardNegatives
+from headwater.objectives.contrast.losses import Softmax
 from headwater.trunk import Trunk
 
 BETA, TEMPERATURE = 1.0, 0.15

@@ -16,7 +16,7 @@ from headwater import init
 from headwater.modalities import Image
 from headwater.model import Model
 from headwater.objectives import Latent
-from headwater.objectives.masking import Blocks
+from headwater.objectives.masks.policies import Blocks
 from headwater.training.schedules import HalfCosine
 from headwater.trunk import Trunk
 

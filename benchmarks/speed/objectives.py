@@ -35,8 +35,8 @@ from headwater.modalities import Image
 from headwater.modalities.text import TextReader
 from headwater.model import Encoder, Model
 from headwater.objectives import Contrastive
+from headwater.objectives.contrast.tiles import softmax_both_ways
 from headwater.objectives.objective import weighted_sum
-from headwater.objectives.tiles import softmax_both_ways
 from headwater.position import Learned
 from headwater.pretrainer import Pretrainer, count, decay_groups
 from headwater.tokens import Tokens

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from headwater import distributed
 from headwater.model import Model
-from headwater.objectives.candidates import Candidates, Rows, contrast
+from headwater.objectives.contrast.candidates import Candidates, Rows, contrast
+from headwater.objectives.contrast.losses import Loss, Softmax
+from headwater.objectives.contrast.positives import Identity, Positives
+from headwater.objectives.contrast.queue import Queue
+from headwater.objectives.contrast.scores import Cosine, Items, Score
+from headwater.objectives.contrast.tiles import softmax_both_ways
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part
-from headwater.objectives.pair_losses import Loss, Softmax
-from headwater.objectives.positives import Identity, Positives
-from headwater.objectives.queue import Queue
-from headwater.objectives.scores import Cosine, Items, Score
-from headwater.objectives.tiles import softmax_both_ways
 from headwater.teacher import Teacher
 from headwater.tokens import Pooled, Tokens
 from headwater.view import View

@@ -18,7 +18,7 @@ from headwater.init import OUTPUT, TABLE, Rule
 from headwater.model import Model
 from headwater.objectives.distances import Distance, distance_of
 from headwater.objectives.guide import Guide, Source
-from headwater.objectives.masking import Blocks, Policy, indices, lengths
+from headwater.objectives.masks.policies import Blocks, Policy, indices, lengths
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part
 from headwater.position import sincos
 from headwater.tokens import LAST, Tokens, cat

@@ -6,7 +6,7 @@ arXiv:2204.01678). So a modality that is hidden as a whole is painted from the o
 at the hidden places (BERT, Devlin et al. 2018, arXiv:1810.04805). mode "locate": values stay seen and lose their places, which
 are asked for (DropPos, Wang et al. 2023, arXiv:2309.03576).
 
-What is hidden is a policy (`masking`), what is asked for a target (`targets`), how it is scored a loss (`errors`).
+What is hidden is a policy (`masks.policies`), what is asked for a target (`targets`), how it is scored a loss (`targets.errors`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from headwater import random
 from headwater.init import OUTPUT, Rule
 from headwater.model import Model
-from headwater.objectives.amounts import ratios, spared
-from headwater.objectives.asking import Drop, Locate, Substitute
-from headwater.objectives.errors import error, select
 from headwater.objectives.likelihood import Likelihood, wide
-from headwater.objectives.masking import Policy, Uniform, indices, number
+from headwater.objectives.masks.amounts import ratios, spared
+from headwater.objectives.masks.asking import Drop, Locate, Substitute
+from headwater.objectives.masks.policies import Policy, Uniform, indices, number
+from headwater.objectives.masks.salient import attended
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, check_context
-from headwater.objectives.salient import attended
-from headwater.objectives.targets import Asked, Target, Values
+from headwater.objectives.targets.errors import error, select
+from headwater.objectives.targets.target import Asked, Target, Values
 from headwater.tokens import Tokens
 
 Make = Callable[[Model, str], Target]

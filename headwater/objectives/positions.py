@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from headwater import random
 from headwater.init import OUTPUT, Rule
 from headwater.model import Model
-from headwater.objectives.masking import ascending, lengths, number
+from headwater.objectives.masks.policies import ascending, lengths, number
 from headwater.objectives.objective import Batch, Objective, Term, cross_entropy
-from headwater.objectives.targets import cell
+from headwater.objectives.targets.target import cell
 from headwater.tokens import Tokens, unpack
 
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from headwater import distributed
 from headwater.model import Model, Reader
+from headwater.objectives.contrast.losses import Loss, Softmax
+from headwater.objectives.contrast.positives import Target
+from headwater.objectives.contrast.tiles import tiled
 from headwater.objectives.heads import Projector
 from headwater.objectives.objective import Batch, Objective, Term
-from headwater.objectives.pair_losses import Loss, Softmax
-from headwater.objectives.positives import Target
-from headwater.objectives.tiles import tiled
 from headwater.tokens import Pooled, Tokens
 from headwater.view import View
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from headwater import distributed, random
 from headwater.init import OUTPUT, TABLE, ZERO, Rule
 from headwater.model import Model
-from headwater.objectives.masking import Policy, Uniform, indices
+from headwater.objectives.masks.policies import Policy, Uniform, indices
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, check_context, cross_entropy, part
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk

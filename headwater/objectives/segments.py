@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headwater import distributed, random
 from headwater.model import Model
 from headwater.objectives.heads import Projector
-from headwater.objectives.masking import indices
+from headwater.objectives.masks.policies import indices
 from headwater.objectives.matching import Negatives, strangers
 from headwater.objectives.moments import groups
 from headwater.objectives.objective import Batch, Objective, Term, cross_entropy, part

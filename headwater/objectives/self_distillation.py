@@ -21,7 +21,7 @@ from headwater.model import Model
 from headwater.objectives import regularisers
 from headwater.objectives.comparison import Comparison, Prototypes, agreement
 from headwater.objectives.joint_embedding import in_all, of
-from headwater.objectives.masking import Blocks, Policy
+from headwater.objectives.masks.policies import Blocks, Policy
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part
 from headwater.teacher import Teacher
 from headwater.tokens import Pooled, Tokens

@@ -18,7 +18,7 @@ from headwater.datamodules.collate import collate
 from headwater.datamodules.sources import OpenSource, Source
 from headwater.hub import pretrained
 from headwater.model import Encoder, Model, Reader
-from headwater.objectives.codes import Clusters, kmeans, nearest
+from headwater.objectives.targets.codes import Clusters, kmeans, nearest
 from headwater.tokens import Tokens
 
 ROWS = 32  # samples that are read, and go through the tower, at a time

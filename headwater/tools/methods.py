@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from inspect import cleandoc, getmembers, isclass
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any, NamedTuple
 
 import yaml
@@ -62,7 +62,7 @@ def named(value: Any) -> Iterator[str]:
 
 def classes() -> list[type]:
     """Public classes of headwater.objectives, file by file."""
-    modules = [import_module(f"{objectives.__name__}.{m.name}") for m in iter_modules(objectives.__path__)]
+    modules = [import_module(m.name) for m in walk_packages(objectives.__path__, f"{objectives.__name__}.")]
     return [c for m in modules for n, c in getmembers(m, isclass) if c.__module__ == m.__name__ and not n.startswith("_")]
 
 

@@ -32,23 +32,23 @@ from headwater.objectives import (
     label_losses,
     transformed,
 )
-from headwater.objectives.codes import Clusters, Quantiser, RandomProjection
 from headwater.objectives.comparison import Prototypes, Regression
-from headwater.objectives.consistency import Consistent
-from headwater.objectives.features import Features
-from headwater.objectives.gaussian import Gaussian
-from headwater.objectives.hard_negatives import HardNegatives, WithoutFalse
+from headwater.objectives.contrast.consistency import Consistent
+from headwater.objectives.contrast.gaussian import Gaussian
+from headwater.objectives.contrast.hard_negatives import HardNegatives, WithoutFalse
+from headwater.objectives.contrast.losses import Bound, Margin, Sigmoid
+from headwater.objectives.contrast.positives import Alike, SameLabel
+from headwater.objectives.contrast.scores import Cosine
+from headwater.objectives.contrast.soft_positives import Momentum, Nearest, NoiseAware
+from headwater.objectives.contrast.token_sets import LateInteraction, Transport
 from headwater.objectives.likelihood import Anchor, Confidence, HashDrop, Likelihood, Rewarded, Soft, Tempered
-from headwater.objectives.masking import Blocks, Spans, Suffix, Uniform, Units, Words
-from headwater.objectives.pair_losses import Bound, Margin, Sigmoid
-from headwater.objectives.positives import Alike, SameLabel
+from headwater.objectives.masks.policies import Blocks, Spans, Suffix, Uniform, Units, Words
+from headwater.objectives.masks.salient import Salient
 from headwater.objectives.replaced import AnyId, Elsewhere, Unigram
-from headwater.objectives.salient import Salient
-from headwater.objectives.scores import Cosine
 from headwater.objectives.self_distillation import Hidden
-from headwater.objectives.soft_positives import Momentum, Nearest, NoiseAware
-from headwater.objectives.targets import Places, Values
-from headwater.objectives.token_sets import LateInteraction, Transport
+from headwater.objectives.targets.codes import Clusters, Quantiser, RandomProjection
+from headwater.objectives.targets.features import Features
+from headwater.objectives.targets.target import Places, Values
 from headwater.objectives.weighted import Alternate, Draw
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk

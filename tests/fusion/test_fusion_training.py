@@ -10,7 +10,7 @@ from headwater.datamodules.collate import collate
 from headwater.fusion import Chain, Complete, JointTokens, Resampler
 from headwater.modalities import Action, Audio, Image, Text, Video
 from headwater.model import Model
-from headwater.objectives.masking import Uniform
+from headwater.objectives.masks.policies import Uniform
 from headwater.objectives.objective import score
 from headwater.trunk import Trunk
 

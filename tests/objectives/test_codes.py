@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from headwater import distributed, modalities, random
 from headwater.model import Model
-from headwater.objectives.codes import (
+from headwater.objectives.targets.codes import (
     Clusters,
     Quantiser,
     RandomProjection,
@@ -21,8 +21,8 @@ from headwater.objectives.codes import (
     nearest,
     select_code,
 )
-from headwater.objectives.features import layers
-from headwater.objectives.targets import Asked
+from headwater.objectives.targets.features import layers
+from headwater.objectives.targets.target import Asked
 from headwater.training.schedules import Linear
 from headwater.trunk import Trunk
 

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 
 from headwater import distributed
 from headwater.objectives import Contrastive
-from headwater.objectives.candidates import Candidates, Rows, contrast
+from headwater.objectives.contrast.candidates import Candidates, Rows, contrast
+from headwater.objectives.contrast.losses import Bound, Margin, Sigmoid, Softmax
+from headwater.objectives.contrast.positives import Identity, Target
+from headwater.objectives.contrast.queue import Queue
+from headwater.objectives.contrast.scores import Cosine, Score
 from headwater.objectives.contrastive import Found, gather, join
 from headwater.objectives.objective import weighted_sum
-from headwater.objectives.pair_losses import Bound, Margin, Sigmoid, Softmax
-from headwater.objectives.positives import Identity, Target
-from headwater.objectives.queue import Queue
-from headwater.objectives.scores import Cosine, Score
 from headwater.pretrainer import count
 from headwater.view import View
 

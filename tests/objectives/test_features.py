@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from headwater import modalities
 from headwater.model import Model
-from headwater.objectives.features import Features, layers, standardised
-from headwater.objectives.targets import Asked
+from headwater.objectives.targets.features import Features, layers, standardised
+from headwater.objectives.targets.target import Asked
 from headwater.tokens import Tokens
 from headwater.training.schedules import Linear
 from headwater.trunk import Trunk

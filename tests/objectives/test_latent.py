@@ -11,7 +11,7 @@ from headwater.modalities import Image
 from headwater.objectives import Latent
 from headwater.objectives.distances import DISTANCES, distance_of
 from headwater.objectives.latent import moment
-from headwater.objectives.masking import Blocks, Suffix, Uniform
+from headwater.objectives.masks.policies import Blocks, Suffix, Uniform
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
 

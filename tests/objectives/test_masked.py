@@ -11,13 +11,13 @@ from headwater import fusion, modalities, random
 from headwater.datamodules.collate import collate
 from headwater.model import Model
 from headwater.objectives import Masked
-from headwater.objectives.amounts import dealt
-from headwater.objectives.errors import error, select
 from headwater.objectives.likelihood import Anchor, Focal, HashDrop, Likelihood
-from headwater.objectives.masking import Suffix, Uniform, Units
+from headwater.objectives.masks.amounts import dealt
+from headwater.objectives.masks.policies import Suffix, Uniform, Units
+from headwater.objectives.masks.salient import Salient, attended
 from headwater.objectives.objective import Term
-from headwater.objectives.salient import Salient, attended
-from headwater.objectives.targets import Asked, Places, Target, Values, cell
+from headwater.objectives.targets.errors import error, select
+from headwater.objectives.targets.target import Asked, Places, Target, Values, cell
 from headwater.tokens import Tokens, cat
 from headwater.trunk import Trunk
 

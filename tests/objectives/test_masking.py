@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from headwater import random
-from headwater.objectives.masking import Around, Blocks, Policy, Spans, Suffix, Uniform, Units, Words, indices, number
-from headwater.objectives.salient import Salient
+from headwater.objectives.masks.policies import Around, Blocks, Policy, Spans, Suffix, Uniform, Units, Words, indices, number
+from headwater.objectives.masks.salient import Salient
 from headwater.tokens import Tokens
 
 POLICIES = {

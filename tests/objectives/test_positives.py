@@ -7,12 +7,12 @@ from sklearn.mixture import GaussianMixture
 from torch.testing import assert_close
 
 from headwater.modalities.label import Categories, Category
-from headwater.objectives.candidates import Candidates, Rows, contrast
-from headwater.objectives.hard_negatives import HardNegatives, WithoutFalse
-from headwater.objectives.pair_losses import Softmax
-from headwater.objectives.positives import Alike, Identity, SameLabel, features
-from headwater.objectives.scores import Cosine
-from headwater.objectives.soft_positives import Momentum, Nearest, NoiseAware, noisy
+from headwater.objectives.contrast.candidates import Candidates, Rows, contrast
+from headwater.objectives.contrast.hard_negatives import HardNegatives, WithoutFalse
+from headwater.objectives.contrast.losses import Softmax
+from headwater.objectives.contrast.positives import Alike, Identity, SameLabel, features
+from headwater.objectives.contrast.scores import Cosine
+from headwater.objectives.contrast.soft_positives import Momentum, Nearest, NoiseAware, noisy
 from headwater.tokens import Tokens
 
 SCALE = 4.0

@@ -7,7 +7,7 @@ from contracts import cases
 from headwater.modalities import Text
 from headwater.model import Model
 from headwater.objectives import Masked
-from headwater.objectives.properties import Properties, first_letter, letter_sum
+from headwater.objectives.targets.properties import Properties, first_letter, letter_sum
 
 
 def test_words_have_the_properties_that_they_say():

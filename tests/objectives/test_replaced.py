@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from headwater import modalities, random
 from headwater.model import Model
-from headwater.objectives.masking import Spans
+from headwater.objectives.masks.policies import Spans
+from headwater.objectives.masks.salient import Salient
 from headwater.objectives.replaced import AnyId, Elsewhere, Generator, Proposed, Replaced, SmallModel, Unigram, area, pick
-from headwater.objectives.salient import Salient
 from headwater.tokens import Tokens
 from headwater.training.schedules import Step
 from headwater.trunk import Trunk

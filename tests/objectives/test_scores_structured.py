@@ -6,10 +6,10 @@ import torch
 from contracts import cases
 from torch.testing import assert_close
 
-from headwater.objectives.consistency import Consistent
-from headwater.objectives.gaussian import Gaussian, divergence, inclusion
-from headwater.objectives.scores import Cosine
-from headwater.objectives.token_sets import LateInteraction, Transport, plan
+from headwater.objectives.contrast.consistency import Consistent
+from headwater.objectives.contrast.gaussian import Gaussian, divergence, inclusion
+from headwater.objectives.contrast.scores import Cosine
+from headwater.objectives.contrast.token_sets import LateInteraction, Transport, plan
 from headwater.tokens import Pooled, Tokens, unpack
 
 NAMES = ("image", "text")

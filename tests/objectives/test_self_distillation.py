@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from headwater.objectives import SelfDistillation
 from headwater.objectives.comparison import Prototypes, Regression
-from headwater.objectives.masking import Uniform
+from headwater.objectives.masks.policies import Uniform
 from headwater.objectives.self_distillation import Hidden, picked
 from headwater.tokens import Tokens
 from headwater.view import View

@@ -4,11 +4,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from headwater import distributed
-from headwater.objectives.candidates import Candidates, Rows, contrast
-from headwater.objectives.pair_losses import Bound, Margin, Sigmoid, Softmax
-from headwater.objectives.positives import Identity
-from headwater.objectives.scores import Score
-from headwater.objectives.tiles import softmax_both_ways, tiled
+from headwater.objectives.contrast.candidates import Candidates, Rows, contrast
+from headwater.objectives.contrast.losses import Bound, Margin, Sigmoid, Softmax
+from headwater.objectives.contrast.positives import Identity
+from headwater.objectives.contrast.scores import Score
+from headwater.objectives.contrast.tiles import softmax_both_ways, tiled
 
 
 class Dot(Score):

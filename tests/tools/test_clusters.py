@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from headwater import cli, modalities
 from headwater.hub import pretrained, save_backbone
 from headwater.model import Model
-from headwater.objectives.codes import Clusters, kmeans, nearest
+from headwater.objectives.targets.codes import Clusters, kmeans, nearest
 from headwater.tools.clusters import batches, clusters
 from headwater.trunk import Trunk
 

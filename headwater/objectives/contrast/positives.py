@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headwater.model import Reader
+from headwater.objectives.contrast.scores import Items, Score
 from headwater.objectives.objective import Batch, Schedule, at
-from headwater.objectives.scores import Items, Score
 from headwater.tokens import Tokens
 
 Facts = tuple[Tensor, ...]  # what is known of S samples: tensors (S, ...) without gradient, of equal trailing shape everywhere

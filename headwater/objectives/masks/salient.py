@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwater import random
 from headwater.model import Encoder
-from headwater.objectives.masking import Policy, lengths
+from headwater.objectives.masks.policies import Policy, lengths
 from headwater.position import rotate
 from headwater.tokens import LAST, Tokens, attention_mask
 from headwater.trunk import Trunk

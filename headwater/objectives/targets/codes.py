@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from headwater import distributed, random
 from headwater.init import TABLE, ZERO, Rule, constant, initialise
 from headwater.model import Encoder, Model
-from headwater.objectives.features import layers, same_signal, standardised, trunk_of
 from headwater.objectives.objective import Batch, Schedule, Term, at
-from headwater.objectives.targets import Asked, Target
+from headwater.objectives.targets.features import layers, same_signal, standardised, trunk_of
+from headwater.objectives.targets.target import Asked, Target
 from headwater.teacher import Teacher
 from headwater.tokens import Tokens
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwater.model import Encoder, Model
-from headwater.objectives.masking import lengths
+from headwater.objectives.masks.policies import lengths
 from headwater.objectives.objective import Batch, Schedule, Term, at
-from headwater.objectives.targets import Asked, Target
+from headwater.objectives.targets.target import Asked, Target
 from headwater.teacher import Teacher
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwater.model import Model
-from headwater.objectives.scores import Items, Score
+from headwater.objectives.contrast.scores import Items, Score
 from headwater.tokens import Pooled, Tokens
 
 

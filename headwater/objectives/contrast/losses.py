@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from headwater import distributed
 from headwater.init import Rule, constant
-from headwater.objectives.positives import Target
+from headwater.objectives.contrast.positives import Target
 
 
 class Loss(nn.Module):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from headwater.init import Rule, constant
 from headwater.model import Model
-from headwater.objectives.scores import Items, Score
+from headwater.objectives.contrast.scores import Items, Score
 from headwater.tokens import Pooled
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from headwater import distributed
 from headwater.init import ZERO, Rule
-from headwater.objectives.hard_negatives import Comparison
+from headwater.objectives.contrast.hard_negatives import Comparison
+from headwater.objectives.contrast.positives import Facts, Positives, Target, check_share, one_hot
+from headwater.objectives.contrast.scores import Items, Score
 from headwater.objectives.objective import Batch, Schedule, at
-from headwater.objectives.positives import Facts, Positives, Target, check_share, one_hot
-from headwater.objectives.scores import Items, Score
 
 
 class Momentum(Positives):

@@ -14,7 +14,7 @@ from torch import Tensor
 from headwater import random
 from headwater.model import Model
 from headwater.objectives.objective import Term
-from headwater.objectives.targets import Asked, Target
+from headwater.objectives.targets.target import Asked, Target
 from headwater.tokens import Tokens
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from headwater.model import Model
-from headwater.objectives.scores import Cosine, Items, Score
+from headwater.objectives.contrast.scores import Cosine, Items, Score
 from headwater.tokens import Pooled, Tokens
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from headwater.objectives.contrast.positives import Facts, Identity, Positives, Target
+from headwater.objectives.contrast.scores import Items, Score
 from headwater.objectives.objective import Batch
-from headwater.objectives.positives import Facts, Identity, Positives, Target
-from headwater.objectives.scores import Items, Score
 
 
 def hardness(scores: Tensor, answer: Tensor, beta: float) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headwater.objectives.pair_losses import Loss
-from headwater.objectives.positives import Facts, Positives, Target
-from headwater.objectives.queue import Queue
-from headwater.objectives.scores import Items, Score
-from headwater.objectives.tiles import tiled
+from headwater.objectives.contrast.losses import Loss
+from headwater.objectives.contrast.positives import Facts, Positives, Target
+from headwater.objectives.contrast.queue import Queue
+from headwater.objectives.contrast.scores import Items, Score
+from headwater.objectives.contrast.tiles import tiled
 
 
 class Rows(NamedTuple):

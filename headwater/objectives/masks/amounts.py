@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headwater import random
-from headwater.objectives.masking import lengths
+from headwater.objectives.masks.policies import lengths
 from headwater.tokens import Tokens
 
 

@@ -1,0 +1,1 @@
+"""What masked prediction hides, and how it asks for it: parts of `Masked`, and of whoever hides tokens."""

@@ -1,0 +1,1 @@
+"""What masked prediction asks for at hidden places, and how the answers are scored: parts of `Masked`."""
