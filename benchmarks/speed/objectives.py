@@ -2,8 +2,9 @@
 
     OMP_WAIT_POLICY=passive python -m benchmarks.speed.objectives [--part clip] [--quick] [--repeats N]
 
-Parts: `clip` is a whole training step (forward, loss, backward, AdamW) beside open_clip's towers and loss; `memory` is the peak of
-the contrastive loss alone beside the whole matrix. The last line is JSON. Only ratios on one machine mean something.
+Parts: `clip` is a whole training step (forward, loss, backward, AdamW) beside open_clip's towers and loss; `mae` and `dino` are
+such steps beside lightly's (lightly_steps); `memory` is the peak of the contrastive loss alone beside the whole matrix. The last
+line is JSON. Only ratios on one machine mean something.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.speed.stopwatch import Timing, ratio
-from benchmarks.speed.trunk import clock
+from benchmarks.speed import lightly_steps
+from benchmarks.speed.race import OURS, Step, product_rate, race, stepping, verdict
+from benchmarks.speed.stopwatch import ratio
 from headwater import random
 from headwater.datamodules.collate import collate
 from headwater.init import Normal
@@ -36,14 +38,12 @@ from headwater.modalities.text import TextReader
 from headwater.model import Encoder, Model
 from headwater.objectives import Contrastive
 from headwater.objectives.contrast.tiles import softmax_both_ways
-from headwater.objectives.objective import weighted_sum
 from headwater.position import Learned
-from headwater.pretrainer import Pretrainer, count, decay_groups
+from headwater.pretrainer import Pretrainer, decay_groups
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
 
-Step = Callable[[], Tensor]
-OURS, PEER = "headwater", "open_clip"
+PEER = "open_clip"
 
 
 def main(words: list[str] | None = None) -> None:
@@ -65,32 +65,6 @@ def main(words: list[str] | None = None) -> None:
         found["ratios"] |= ratios
         found[part] = more
     print(json.dumps(found))
-
-
-def race(rows: dict[str, Step], repeats: int, steps: int, samples: int) -> dict[str, Timing]:
-    """Samples per second, rows in turn, `steps` steps each; the first repeat of each only warms up."""
-    speeds: dict[str, list[float]] = {name: [] for name in rows}
-    for repeat in range(repeats + 1):
-        for name in list(rows) if repeat % 2 == 0 else list(rows)[::-1]:
-            seconds = clock(rows[name], steps, "cpu")
-            if repeat:
-                speeds[name].append(steps * samples / seconds)
-    return {name: Timing(speed, [], []) for name, speed in speeds.items()}
-
-
-def verdict(name: str, timings: dict[str, Timing], peer: str, target: float) -> float:
-    """Print medians and whether the target is reached; returns how many times as fast as the peer ours is."""
-    found = ratio(timings[OURS], timings[peer])
-    medians = ", ".join(f"{row} {t.median:.1f}" for row, t in timings.items())
-    print(f"{name}: samples/s {medians}; {'reached' if found >= target else 'missed'}: {found:.2f} x {peer}, target {target}")
-    return round(found, 3)
-
-
-def product_rate(rows: int, width: int) -> float:
-    """Floating-point operations per second of a feed-forward layer's bare matrix product, (rows, width) by (width, 4 width)."""
-    a, b = torch.randn(rows, width), torch.randn(width, 4 * width)
-    seconds = min(clock(lambda: a @ b, 20, "cpu") / 20 for _ in range(5))
-    return 2 * rows * width * 4 * width / seconds
 
 
 # --- clip: a ViT-Ti of patch 16 (and of 8) at 64 pixels, four layers of text, captions of 17 tokens on average in 77 places
@@ -178,17 +152,7 @@ def ours(trained: Pretrainer, pictures: Tensor, ids: list[Tensor], fused: bool) 
     seed = torch.arange(len(ids))
     batch = {"image": image, "text": text, "seed": seed, "sample": seed}
     optimizer = torch.optim.AdamW(decay_groups(trained), lr=1e-3, weight_decay=0.2, fused=fused)
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        task = trained.hide(batch)
-        loss = weighted_sum(trained.ask(task), count([trained.objective.numbers(task)]), 1)
-        loss.backward()
-        optimizer.step()
-        trained.objective.after_step(trained.backbone, 0.0)
-        return loss.detach()
-
-    return step
+    return stepping(trained, batch, optimizer)
 
 
 def theirs(model: Any, pictures: Tensor, ids: list[Tensor]) -> Step:
@@ -267,7 +231,12 @@ def memory(quick: bool, repeats: int) -> tuple[dict[str, float], dict[str, Any]]
     return {}, {"rows": found, "pairs": pairs, "share_of_whole": round(share, 4), "whole_MiB_by_square": round(needed)}
 
 
-PARTS: dict[str, Callable[[bool, int], tuple[dict[str, float], dict[str, Any]]]] = {"clip": clip, "memory": memory}
+PARTS: dict[str, Callable[[bool, int], tuple[dict[str, float], dict[str, Any]]]] = {
+    "clip": clip,
+    "mae": lightly_steps.mae,
+    "dino": lightly_steps.dino,
+    "memory": memory,
+}
 
 if __name__ == "__main__":
     main()
