@@ -10,14 +10,12 @@ actions of another episode.
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
 
 import torch
 
-from benchmarks.claims.trial import Members, interval, options, pretrain, samples, signals, verdict
+from benchmarks.claims.trial import Members, interval, options, pretrain, samples, signals, verdict, written
 from headwater import random
-from headwater.datamodules.writer import ShardWriter
 from headwater.fusion import JointTokens
 from headwater.modalities import Action, Video
 from headwater.model import Model
@@ -37,14 +35,10 @@ def made() -> Model:
     return Model(encoders, partial(JointTokens, trunk=Trunk(width=96, depth=1, heads=3)))
 
 
-def paired(members: list[Members], folder: str, seed: int | None) -> str:
-    """Shards of films with their actions, or with those of another episode by a seed."""
+def paired(members: list[Members], seed: int | None) -> list[Members]:
+    """Films with their actions, or with those of another episode by a seed."""
     order = range(len(members)) if seed is None else random.uniform(torch.tensor(seed), (len(members),), "pairs").argsort().tolist()
-    pattern = f"{folder}/{'own' if seed is None else 'dealt'}-{{:03d}}.tar"
-    with ShardWriter(pattern, samples=1000) as writer:
-        for k, other in enumerate(order):
-            writer.write(f"{k:06d}", {"mp4": members[k]["mp4"], "npy": members[other]["npy"]})
-    return pattern.replace("{:03d}", "*")
+    return [{"mp4": members[k]["mp4"], "npy": members[other]["npy"]} for k, other in enumerate(order)]
 
 
 @torch.no_grad()
@@ -71,10 +65,9 @@ def main() -> None:
     for seed in range(2 if quick else 5):
         arms["mean"].append(mean)
         for arm, dealt in (("own film", None), ("film of another", seed)):
-            with tempfile.TemporaryDirectory() as folder:
+            with written(paired(train, dealt)) as shards:
                 model = made()
-                steps = 20 if quick else STEPS
-                trained = pretrain(model, objective, paired(train, folder, dealt), steps, seed, batch_size=32, rate=2e-3)
+                trained = pretrain(model, objective, shards, 20 if quick else STEPS, seed, batch_size=32, rate=2e-3)
                 arms[arm].append(-cost(model, trained.objective, films, actions))  # type: ignore[arg-type]
     more = interval([a - b for a, b in zip(arms["own film"], arms["film of another"], strict=True)])
     verdict(

@@ -9,18 +9,14 @@ start; each has the learning rate that was best for it on seeds that are not rep
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
-from io import BytesIO
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.claims.trial import features, options, pretrain, signals, verdict
+from benchmarks.claims.trial import digits, features, options, pretrain, signals, verdict, written
 from headwater import random
-from headwater.datamodules.writer import ShardWriter
 from headwater.modalities import Image
 from headwater.model import Model
 from headwater.objectives import Masked
@@ -30,21 +26,6 @@ from headwater.trunk import Trunk
 TEST, SHARE = 500, 0.05
 STEPS, TUNING = 1500, 200  # of pretraining, of training on labels
 RATES = {"pretrained": 1e-3, "from scratch": 1e-3}  # like all settings, chosen on seeds 100 to 102 without the test pictures
-
-
-def digits() -> tuple[list[dict[str, bytes]], Tensor]:
-    """Every picture as a PNG, in an order that is drawn once, and its digit."""
-    from PIL import Image as Pictures
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    members = []
-    for picture in found.images[order]:
-        file = BytesIO()
-        Pictures.fromarray((255 - picture * 255 / 16).astype(np.uint8)).save(file, "png")
-        members.append({"png": file.getvalue()})
-    return members, torch.from_numpy(found.target[order]).long()
 
 
 def made() -> Model:
@@ -89,12 +70,9 @@ def main() -> None:
     members, labels = digits()
     pictures = signals(made().encoder("image").reader, members)
     arms: dict[str, list[float]] = {arm: [] for arm in RATES}
-    with tempfile.TemporaryDirectory() as folder:
-        with ShardWriter(f"{folder}/digits-{{:05d}}.tar", samples=2000) as writer:
-            for number, member in enumerate(members[:-TEST]):
-                writer.write(f"{number:05d}", member)
+    with written(members[:-TEST]) as shards:
         for seed in range(2 if quick else 5):
-            found = both(seed, f"{folder}/digits-*.tar", pictures, labels, 30 if quick else STEPS, RATES)
+            found = both(seed, shards, pictures, labels, 30 if quick else STEPS, RATES)
             for arm, value in found.items():
                 arms[arm].append(value)
     claim = "with 5 % of the labels a masked autoencoder beats training from scratch"

@@ -8,8 +8,10 @@ import logging
 import math
 import statistics
 import tarfile
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +28,7 @@ from headwater.datamodules.collate import collate
 from headwater.datamodules.datamodule import ShardDataModule
 from headwater.datamodules.files import expand
 from headwater.datamodules.sources import Source
+from headwater.datamodules.writer import ShardWriter
 from headwater.model import Model, Reader
 from headwater.objectives.objective import Objective
 from headwater.pretrainer import Pretrainer
@@ -62,6 +65,31 @@ def facts(members: Sequence[Members]) -> list[dict[str, Any]]:
 def signals(reader: Reader, members: Sequence[Members]) -> Tokens:
     """All samples of one modality as one prepared batch of plain (not random) signals, (S, N, ...)."""
     return reader.prepare(collate([{"it": reader.tokens(reader.decode(m))} for m in members], ["it"])["it"])
+
+
+def digits() -> tuple[list[dict[str, bytes]], Tensor]:
+    """The 1,797 handwritten digits of scikit-learn as PNGs, in an order that is drawn once, and which digit each is."""
+    from PIL import Image as Pictures
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    members = []
+    for picture in found.images[order]:
+        file = BytesIO()
+        Pictures.fromarray((255 - picture * 255 / 16).astype(np.uint8)).save(file, "png")
+        members.append({"png": file.getvalue()})
+    return members, torch.from_numpy(found.target[order]).long()
+
+
+@contextmanager
+def written(members: Sequence[Members]) -> Iterator[str]:
+    """These samples as shards in a folder that is there for a while: their pattern."""
+    with tempfile.TemporaryDirectory() as folder:
+        with ShardWriter(f"{folder}/it-{{:05d}}.tar", samples=2000) as writer:
+            for number, member in enumerate(members):
+                writer.write(f"{number:06d}", member)
+        yield f"{folder}/it-*.tar"
 
 
 def pretrain(
