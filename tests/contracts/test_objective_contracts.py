@@ -50,17 +50,25 @@ def same(a, b):
         assert_close(a[k], b[k], rtol=1e-5, atol=1e-5)
 
 
-def test_every_export_has_a_case():
-    swept = {type(cases.objective(name, cases.model())).__name__ for name in cases.OBJECTIVES}
+def test_every_export_has_a_case(made):
+    swept = {type(made(name)[1]).__name__ for name in cases.OBJECTIVES}
     assert set(objectives.__all__) - {"Objective", "Term"} <= swept
 
 
-def backward(name, made):
-    model, objective, readers, samples = made(name)
-    model, objective = copy.deepcopy((model, objective))
-    found, _ = cases.terms(objective, model, cases.batch(readers, samples))
-    cases.loss(found).backward()
-    return model, objective
+@pytest.fixture(scope="module")
+def lacked(made):
+    """name -> the parameters of the model, and of the objective, that get no gradient: found once per objective."""
+    found = {}
+
+    def ask(name):
+        if name not in found:
+            model, objective, readers, samples = made(name)
+            model, objective = copy.deepcopy((model, objective))
+            cases.loss(cases.terms(objective, model, cases.batch(readers, samples))[0]).backward()
+            found[name] = lacking(model), lacking(objective)
+        return found[name]
+
+    return ask
 
 
 def lacking(module):
@@ -79,16 +87,17 @@ def test_loss_is_finite_and_numbers_need_no_model(name, made):
 
 
 @every
-def test_every_parameter_gets_a_gradient(name, made):
-    model, objective = backward(name, made)
-    assert not lacking(objective)
+def test_every_parameter_gets_a_gradient(name, made, lacked):
+    of_model, of_objective = lacked(name)
+    assert not of_objective
+    model, objective, *_ = made(name)
     others = set(model.encoders) - set(objective.needs)
-    absent = {n for n in lacking(model) if not others & set(n.split("."))}
+    absent = {n for n in of_model if not others & set(n.split("."))}
     assert {n for n in absent if not any(e in f"{n}." for e in EXCUSES)} == set()
 
 
-def test_all_objectives_together_reach_every_parameter_of_the_model(made):
-    assert set.intersection(*(lacking(backward(name, made)[0]) for name in cases.OBJECTIVES)) == set()
+def test_all_objectives_together_reach_every_parameter_of_the_model(lacked):
+    assert set.intersection(*(lacked(name)[0] for name in cases.OBJECTIVES)) == set()
 
 
 @every

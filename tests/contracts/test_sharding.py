@@ -26,12 +26,13 @@ def objective(model):
     return Weighted(model, parts)
 
 
-def step(fuse, shares):
-    """Loss and gradients of one training step, and parameters after four, in float64."""
+def step(shares, fuse="JointTokens", make=objective):
+    """Loss and gradients of one training step, and parameters and buffers after four, in float64."""
     torch.manual_seed(0)
     model = cases.model(fuse=fuse)
-    pretrainer = Pretrainer(model, objective).double()
-    batch = cases.batch(model.readers, cases.examples(model.readers), shares[distributed.rank()])
+    pretrainer = Pretrainer(model, cases.OBJECTIVES[make] if isinstance(make, str) else make).double()
+    pretrainer.objective.start(model)
+    batch = cases.batch(pretrainer.readers, cases.examples(pretrainer.readers), shares[distributed.rank()])
     if distributed.world() > 1:
         shard(pretrainer, init_device_mesh("cpu", (distributed.world(),)))
         assert all(isinstance(p, DTensor) for p in pretrainer.parameters())
@@ -45,18 +46,32 @@ def step(fuse, shares):
         first = first or {n: whole(p.grad) for n, p in pretrainer.named_parameters() if p.grad is not None}
         optimizer.step()
         pretrainer.objective.after_step(model, number / 4)
-    return first, {n: whole(p) for n, p in pretrainer.named_parameters()}
+    return first, {n: whole(p) for n, p in pretrainer.state_dict().items()}
 
 
 def whole(x):
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-@pytest.mark.parametrize("fuse", cases.FUSIONS)
-def test_two_ranks_with_shares_equal_one_process(ranks, fuse):
-    gradient, after = step(fuse, [[*SHARES[0], *SHARES[1]]])
-    (got, a), (_, b) = ranks(step, fuse, SHARES)
+def check(ranks, *what):
+    """Two ranks learn what one process learns."""
+    gradient, after = step([[*SHARES[0], *SHARES[1]]], *what)
+    (got, a), (_, b) = ranks(step, SHARES, *what)
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert {n for n, g in gradient.items() if g.any()} <= got.keys()
     assert_close({n: got[n] for n in gradient if n in got}, {n: g for n, g in gradient.items() if n in got}, rtol=1e-4, atol=1e-6)
     assert_close(a, after, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fuse", cases.FUSIONS)
+def test_every_fusion(ranks, fuse):
+    check(ranks, fuse)
+
+
+STATEFUL = {"Contrastive momentum", "Contrastive past", "Contrastive views", "Masked features", "Masked quantiser"}
+FIRST = {name.split()[0]: name for name in reversed(cases.OBJECTIVES)}  # one case of every class
+
+
+@pytest.mark.parametrize("name", sorted({*FIRST.values(), *STATEFUL, "SelfDistillation hidden"}))
+def test_every_objective_with_its_teachers_and_queues(ranks, name):
+    check(ranks, "JointTokens", name)
