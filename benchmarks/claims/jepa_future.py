@@ -79,7 +79,7 @@ def typical(trained: Pretrainer, known: dict[str, Tokens]) -> Tensor:
 def main() -> None:
     """Print cosines per arm and seed, and the claim as a line of JSON."""
     quick = trial.options(__doc__ or "")
-    seeds, steps = (range(2), 15) if quick else (range(5), 200)
+    seeds, steps = (range(2), 15) if quick else (range(3), 200)
     readers = world(0).readers
     known, asked = ({n: trial.signals(r, trial.samples(shards)) for n, r in readers.items()} for shards in (TRAIN, HELD_OUT))
     options = {"ahead": 1, "prefix": ["text"], "context": ["action"], "teacher": "start", "distance": "squared", "depth": 3}

@@ -28,7 +28,7 @@ def main() -> None:
     arms: dict[str, list[float]] = {"I-JEPA": [], "first weights": []}
     ranks: dict[str, list[float]] = {arm: [] for arm in arms}
     with written(members[:-TEST]) as shards:
-        for seed in range(2 if quick else 5):
+        for seed in range(2 if quick else 4):
             for arm, steps in {"I-JEPA": 30 if quick else STEPS, "first weights": 0}.items():
                 model = made()
                 pretrain(model, objective, shards, steps, seed, batch_size=128)

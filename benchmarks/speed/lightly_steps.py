@@ -36,7 +36,7 @@ from headwater.trunk import Trunk
 
 Found = dict[str, Any]
 WIDTH, SIZE, PATCH = 192, 64, 8
-SETTINGS = {"lr": 1e-3, "weight_decay": 0.05}
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.05}
 HEAD, PROTOTYPES = (512, 512, 64), 2048  # as lightly's example has them
 LARGES, SMALLS, MOMENTUM = 2, 4, 0.996
 
@@ -265,9 +265,9 @@ def twin(trained: Pretrainer) -> tuple[DINO, Any]:
     """lightly's model with our weights, and its loss."""
     from lightly.loss import DINOLoss
 
-    model, head = DINO(backbone(trained.backbone, sizes=True)), trained.objective.compare.head  # type: ignore[union-attr]
-    state = {f"layers.{key}": value for key, value in head.mlp.state_dict().items()}  # type: ignore[union-attr]
-    state |= {"last_layer.weight_g": torch.ones(PROTOTYPES, 1), "last_layer.weight_v": head.prototypes.weight}  # type: ignore
+    model, head = DINO(backbone(trained.backbone, sizes=True)), trained.objective.compare.head
+    state = {f"layers.{key}": value for key, value in head.mlp.state_dict().items()}
+    state |= {"last_layer.weight_g": torch.ones(PROTOTYPES, 1), "last_layer.weight_v": head.prototypes.weight}
     for theirs in (model.student_head, model.teacher_head):
         theirs.load_state_dict(state)
     return model, DINOLoss(PROTOTYPES)
@@ -279,8 +279,8 @@ def their_dino(trained: Pretrainer, depth: int, views: list[Tensor]) -> Step:
     from lightly.models.utils import update_momentum
 
     same, batch = distilled(depth, Learned((SIZE // PATCH, SIZE // PATCH)), views)
-    with torch.no_grad():
-        same.backbone.encoder("image").trunk.position.table.zero_()  # type: ignore[union-attr, operator]
+    position: Any = same.backbone.encoder("image").trunk.position
+    nn.init.zeros_(position.table)
     same.objective.start(same.backbone)
     model, score = twin(same)
     agree(same, batch, model, model.student_backbone, lambda _: model.loss(score, [x.double() for x in views]))

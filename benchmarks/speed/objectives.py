@@ -1,6 +1,6 @@
 """How fast objectives train, and how much memory they take: headwater's step beside a peer's own, with equal weights and losses.
 
-    OMP_WAIT_POLICY=passive python -m benchmarks.speed.objectives [--part clip] [--quick] [--repeats N]
+    OMP_WAIT_POLICY=passive python -m benchmarks.speed.objectives [--part clip] [--quick] [--repeats N] [--threads N]
 
 Parts: `clip` is a whole training step (forward, loss, backward, AdamW) beside open_clip's towers and loss; `mae` and `dino` are
 such steps beside lightly's (lightly_steps); `memory` is the peak of the contrastive loss alone beside the whole matrix. The last
@@ -52,14 +52,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--part", choices=sorted(PARTS), action="append", help="one of them, instead of all")
     parser.add_argument("--quick", action="store_true", help="small shapes, two repeats: does it run, not how fast")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on both sides")
     parser.add_argument("--peak", nargs=2, metavar=("ROW", "PAIRS"), help="print the peak memory of one loss and end")
     asked = parser.parse_args(words)
-    torch.set_num_threads(1)
+    torch.set_num_threads(asked.threads)
     if asked.peak:
         print(peak(asked.peak[0], int(asked.peak[1])))
         return
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, one thread")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, threads {asked.threads}")
     found: dict[str, Any] = {"bench": "objectives", "ratios": {}, "repeats": 2 if asked.quick else asked.repeats}
+    found["threads"] = asked.threads
     for part in asked.part or PARTS:
         ratios, more = PARTS[part](asked.quick, found["repeats"])
         found["ratios"] |= ratios
