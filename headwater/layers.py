@@ -80,13 +80,18 @@ class Attention(nn.Module):
     def init_rules(self) -> dict[str, Rule]:
         return {"qkv.weight": BRANCH, "proj.weight": BRANCH}
 
-    def forward(self, x: Tensor, route: Route, turn: Turn | None, past: tuple[Cache, int] | None = None) -> Tensor:
-        """turn: cosine and sine of rotary positions, or None. past: a cache and the number of this block in it."""
+    def forward(
+        self, x: Tensor, route: Route, turn: Turn | None, past: tuple[Cache, int] | None = None, first: int | None = None
+    ) -> Tensor:
+        """turn: cosine and sine of rotary positions, or None. past: a cache and the number of this block in it.
+
+        first: only so many of the tokens ask, and have an answer; None = all.
+        """
         qkv = rearrange(self.qkv(x), "b n (h d) -> b h n d", d=self.size)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q[:, :, :first]), self.k_norm(k)
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            q, k = rotate(q, (turn[0][:, :, :first], turn[1][:, :, :first])), rotate(k, turn)
         if past is not None:
             k, v = past[0].append(past[1], k, v)
         return self.proj(rearrange(attend(q, k, v, route), "b h n d -> b n (h d)"))
@@ -187,27 +192,33 @@ class Block(nn.Module):
         condition: Tensor | None = None,
         past: tuple[Cache, int] | None = None,
         keep: Tensor | None = None,
+        first: int | None = None,
     ) -> Tensor:
-        """x: (B, N, D); condition: (B, N or 1, D); keep: (2, B, N or 1, 1) factors on both branches of stochastic depth."""
+        """x: (B, N, D); condition: (B, N or 1, D); keep: (2, B, N or 1, 1) factors on both branches of stochastic depth.
+
+        first: only so many of the tokens are answered, (B, first, D), all of them are seen; None = all.
+        """
         change = None if self.modulation is None or condition is None else self.modulation(F.silu(condition)).chunk(6, -1)
+        late = None if change is None else [part[:, :first] for part in change]  # for the tokens that are answered
+        keep = None if keep is None else keep[:, :, :first]
 
         def attention(y: Tensor) -> Tensor:
             y = y if change is None else y * (1 + change[0]) + change[1]
-            y = self.ls1(self.attn(y, route, turn, past))
-            y = y if change is None else (1 + change[2]) * y
+            y = self.ls1(self.attn(y, route, turn, past, first))
+            y = y if late is None else (1 + late[2]) * y
             return y if keep is None else keep[0] * y
 
         def feed(y: Tensor) -> Tensor:
-            y = y if change is None else y * (1 + change[3]) + change[4]
+            y = y if late is None else y * (1 + late[3]) + late[4]
             y = self.ls2(self.mlp(y))
-            y = y if change is None else (1 + change[5]) * y
+            y = y if late is None else (1 + late[5]) * y
             return y if keep is None else keep[1] * y
 
         if self.post:
-            x = self.norm1(x + attention(x))
+            x = self.norm1(x[:, :first] + attention(x))
             return self.norm2(x + feed(x))
         if self.parallel:
             y = self.norm1(x)
-            return x + attention(y) + feed(y)
-        x = x + attention(self.norm1(x))
+            return x[:, :first] + attention(y) + feed(y[:, :first])
+        x = x[:, :first] + attention(self.norm1(x))
         return x + feed(self.norm2(x))

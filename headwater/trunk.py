@@ -102,10 +102,18 @@ class Trunk(nn.Module, Described):
     def init_rules(self) -> dict[str, Rule]:
         return {} if self.registers is None else {"registers": TABLE}
 
-    def forward(self, t: Tokens, causal: bool = False, condition: Tensor | None = None, cache: Cache | None = None) -> Tokens:
+    def forward(
+        self,
+        t: Tokens,
+        causal: bool = False,
+        condition: Tensor | None = None,
+        cache: Cache | None = None,
+        first: int | None = None,
+    ) -> Tokens:
         """t.x: (B, N, D); condition: (B, N or 1, D). Tokens that are not valid come out finite and mean nothing.
 
-        cache: what generation keeps between calls; t then holds only the tokens that are new.
+        cache: what generation keeps between calls; t then holds only the tokens that are new. first: only so many of the tokens
+        are wanted and come back, the same as without it; the last block does no more for the others than that they are seen.
         """
         if condition is not None and not self.conditional:
             raise ValueError("this trunk was built without conditioning, but a condition came in; set `conditional: true` on it")
@@ -119,10 +127,14 @@ class Trunk(nn.Module, Described):
         route = plan(attention_mask(t, keys, causal), t.x, self.heads, self.position.bias(t, keys))
         condition = None if condition is None else condition.to(t.x.dtype)
         x, keep = self.norm_pre(t.x), self.kept(t)
+        if first is not None:
+            t = t.map(lambda field: field[:, :first])
+        final = route if first is None else plan(attention_mask(t, keys, causal), x, self.heads, self.position.bias(t, keys))
         for number, block in enumerate(self.blocks):
-            past = None if cache is None else (cache, number)
-            x = block(x, route, turn, condition, past, None if keep is None else keep[number])
-        return t._replace(x=self.norm(x))
+            past, last = None if cache is None else (cache, number), number == len(self.blocks) - 1
+            way = (final, first) if last else (route, None)
+            x = block(x, way[0], turn, condition, past, None if keep is None else keep[number], way[1])
+        return t._replace(x=self.norm(x[:, :first]))
 
     def placed(self, t: Tokens) -> Tokens:
         """With the code of each place added, where positions are added; appended tokens have none."""

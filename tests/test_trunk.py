@@ -301,3 +301,21 @@ def test_stochastic_depth_skips_whole_samples_and_keeps_the_mean():
     keep = trunk.kept(t)
     assert_close(keep.mean((2, 3, 4)), torch.ones(3, 2), rtol=0, atol=0.2)
     assert trunk.eval().kept(t) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"post": True}, {"parallel": True}, {"position": "rotary", "kv_heads": 1}, {"position": "alibi"}, {"registers": 2}],
+)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_first_tokens_alone_come_out_as_they_do_among_all(options, causal, packed):
+    torch.manual_seed(0)
+    model = Trunk(16, 2, heads=2, conditional="post" not in options and "parallel" not in options, **options).double()
+    document = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [2, 2, 3, 3, 3, 3, 3]]) if packed else None
+    valid = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
+    t = Tokens(torch.randn(2, 7, 16).double(), torch.arange(7)[None, :, None].expand(2, 7, 1), valid, document)
+    for condition in (None, torch.randn(2, 1, 16).double()) if model.conditional else (None,):
+        whole, some = model(t, causal, condition), model(t, causal, condition, first=5)
+        torch.testing.assert_close(some.x[valid[:, :5]], whole.x[:, :5][valid[:, :5]])
+        assert some.position.shape[:2] == some.x.shape[:2] == (2, 5)

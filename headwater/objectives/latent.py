@@ -214,7 +214,7 @@ class Latent(Objective):
         condition = None
         if time is not None:
             condition = sincos(1000 * time[joint.sample() // self.targets][..., None], joint.x.shape[-1])
-        return self.out(self.predictor(joint, self.ahead > 0, condition).x[:, : query.x.shape[1]])
+        return self.out(self.predictor(joint, self.ahead > 0, condition, first=query.x.shape[1]).x)
 
     def after_step(self, model: Model, progress: float) -> None:
         if self.teacher is not None:

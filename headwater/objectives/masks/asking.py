@@ -49,9 +49,9 @@ class Drop(nn.Module):
         for name in self.hides:
             places = batch[name].take(*batch["places"][name])
             asked.append(places._replace(x=self.mask[name].to(dtype).expand(*places.position.shape[:2], -1)))
-        every = [*asked, *seen.values()]
-        answers = split(self.decoder(cat(every)), [t.position.shape[1] for t in every])
-        return {name: t.x for name, t in zip(self.hides, answers, strict=False)}, {}
+        lengths = [t.position.shape[1] for t in asked]
+        answers = split(self.decoder(cat([*asked, *seen.values()]), first=sum(lengths)), lengths)
+        return {name: t.x for name, t in zip(self.hides, answers, strict=True)}, {}
 
     def _visible(self, model: Model, batch: Batch, name: str) -> Tokens:
         """Embedded tokens that are seen; no others are embedded where the stem looks at each token alone."""
