@@ -53,7 +53,7 @@ def constant(value: float) -> Rule:
 
 
 TYPES: dict[type | tuple[type, ...], dict[str, Rule]] = {
-    nn.Linear: {"weight": PATH, "bias": ZERO},
+    (nn.Linear, nn.Bilinear): {"weight": PATH, "bias": ZERO},
     nn.Embedding: {"weight": LOOKUP},
     (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm): {"weight": ONE, "bias": ZERO},
     nn.modules.batchnorm._NormBase: {

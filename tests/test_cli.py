@@ -124,7 +124,7 @@ def test_an_error_in_a_worker_ends_the_run(here):
     ("recipe", "option", "value", "found"),
     [
         ("clip", "--model.objective", "Masked", "objective: class_path: headwater.objectives.Masked"),
-        ("clip", "--model.objective.temperature", "0.2", "temperature: 0.2"),
+        ("clip", "--model.objective.loss.temperature", "0.2", "temperature: 0.2"),
         ("clip", "--model.backbone.fusion", "JointTokens", "fusion: class_path: headwater.fusion.JointTokens"),
         ("flow", "--model.backbone.fusion.trunk.depth", "1", "fusion: class_path: headwater.fusion.JointTokens"),
         ("clip", "--model.backbone.encoders.image", "timm/test_vit", "image: timm/test_vit"),
@@ -140,7 +140,7 @@ def test_one_override_changes_one_thing(here, recipe, option, value, found):
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
-        (["--model.objective.temperatur", "3"], ["temperatur", "expected one of", "temperature"]),
+        (["--model.objective.direction", "forth"], ["direction", "expected one of", "directions"]),
         (["--model.objectiv", "Masked"], ["objectiv"]),
         (["--data.batchsize", "3"], ["batchsize"]),
         (["--model.objective", "Contrastiv"], ["Contrastiv", "expected", "Contrastive"]),

@@ -156,7 +156,7 @@ def test_a_run_tells_its_data_recipe_and_what_is_left_out(model, tmp_path):
     data.sources = [open_source(name, source, model.readers, 0, 1) for name, source in data.train.items()]
     (tmp_path / "config.yaml").write_text("seed_everything: 3")
     note = provenance(run, data, tmp_path / "config.yaml")
-    assert note["left_out"] == "of the objective, with numbers of parameters: log_scale (1)"
+    assert note["left_out"] == "of the objective, with numbers of parameters: pairs (1)"
     assert (note["objective"], note["config"]) == ("Contrastive", {"seed_everything": 3})
     assert note["data"]["things"]["shards"] == "embedded:things-train-000.tar"
     other = open_source("things", data.held_out["rest"], model.readers, 0, 1)

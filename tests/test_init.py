@@ -17,10 +17,11 @@ from headwater.init import CUT, TABLE, FanIn, MuP, Normal, Rule, audit, factors,
 from headwater.modalities import Image, Text
 from headwater.model import Model
 from headwater.objectives import Causal, Contrastive, Masked, Weighted
+from headwater.objectives.contrast.losses import Softmax
 from headwater.pretrainer import Pretrainer, decay_groups
 from headwater.trunk import Trunk
 
-PARTS = {"mask": partial(Masked, ratio=0.5, width=16), "pair": partial(Contrastive, temperature=0.1)}
+PARTS = {"mask": partial(Masked, ratio=0.5, width=16), "pair": partial(Contrastive, loss=partial(Softmax, 0.1))}
 
 
 def make(init=None, seed=0, names=("image", "text")):
@@ -51,7 +52,7 @@ def swept():
 def test_every_exported_part_has_a_rule_for_every_parameter(name):
     module = swept()[name]()
     where = places(module)
-    assert [n for n, _ in module.named_parameters() if where[n].rule is None] == []
+    assert [n for n, _ in module.named_parameters() if where[n].rule is None and not where[n].settled] == []
     initialise(module, 3)
     assert [row for row in audit(module, 3) if row.fault] == []
 
@@ -59,6 +60,8 @@ def test_every_exported_part_has_a_rule_for_every_parameter(name):
 @pytest.mark.parametrize("name", swept())
 def test_built_without_memory_the_weights_are_the_same(name):
     built = swept()[name]()
+    if any(place.settled for place in places(built).values()):
+        pytest.skip("it holds a teacher that was loaded")
     initialise(built, 5)
     with torch.device("meta"):
         hollow = swept()[name]()
@@ -114,7 +117,7 @@ def test_constants_of_constructors_come_back():
         hollow = make()
     materialise(hollow, "cpu", 0)
     found = values(hollow)
-    assert float(found["objective.parts.pair.log_scale"]) == pytest.approx(-math.log(0.1))
+    assert float(found["objective.parts.pair.pairs.0.loss.log_scale"]) == pytest.approx(-math.log(0.1))
     assert (found["backbone.encoders.image.trunk.blocks.1.ls2.gamma"] == 0.1).all()
     assert (found["backbone.encoders.text.trunk.norm.alpha"] == 0.5).all()
     assert not found["backbone.encoders.image.trunk.blocks.0.modulation.weight"].any()

@@ -19,7 +19,8 @@ def load(
 ) -> Iterator[dict[str, Any]]:
     """Batches as a training run gets them on its device, before floats are made of them there."""
     data = ShardDataModule({"bench": Source(folder)}, batch_size=batch, workers=workers, pack=pack)
-    trainer: Any = SimpleNamespace(lightning_module=SimpleNamespace(backbone=SimpleNamespace(readers=readers)), global_step=0)
+    module = SimpleNamespace(readers=readers, objective=SimpleNamespace(needs=tuple(readers), views={}))
+    trainer: Any = SimpleNamespace(lightning_module=module, global_step=0)
     data.trainer = trainer  # all that the data module asks of one
     data.setup("fit")
     for raw in data.train_dataloader():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headwater import distributed
+from headwater.init import ZERO, Rule
 from headwater.objectives.heads import Projector
 from headwater.objectives.objective import Schedule, at
 from headwater.objectives.regularisers import wide
@@ -100,6 +101,9 @@ class Prototypes(Comparison):
         self.centre_momentum = centre_momentum
         self.register_buffer("centre", torch.zeros(prototypes))
         self.mean: Tensor | None = None  # of the teacher's answers to the last batch, until the step is done
+
+    def init_rules(self) -> dict[str, Rule]:
+        return {"centre": ZERO}
 
     def answers(self, z: Tensor) -> Tensor:
         return (wide(z) / self.temperature).log_softmax(-1)

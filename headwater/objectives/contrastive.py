@@ -167,7 +167,7 @@ class Contrastive(Objective):
                 teacher = cast(Any, self.teacher.module)
                 keys = compared(teacher[0], teacher[1], given)
         terms: dict[str, Term] = {}
-        with torch.autocast(batch["seed"].device.type, enabled=False):  # scores times 100 in bf16 would be off by tenths
+        with torch.autocast(given[self.names[0]].x.device.type, enabled=False):  # scores times 100 in bf16 would be off by tenths
             for pair in self.pairs:
                 terms |= self.compare(pair, found, keys, batch)
         return terms

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater import distributed
+from headwater.init import ONE, ZERO, Rule
 
 
 class GlobalNorm(nn.Module):
@@ -27,6 +28,9 @@ class GlobalNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def init_rules(self) -> dict[str, Rule]:
+        return {} if self.weight is None else {"weight": ONE, "bias": ZERO}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), normalised over all rows of all ranks."""

@@ -152,13 +152,17 @@ class Ordinal(LabelLoss):
         self.classes = int(label.vocab or 0)
         if self.classes < 2:
             raise ValueError(f"found {self.classes} classes in an order; expected 2 or more")
-        even = torch.logit(torch.arange(1, self.classes) / self.classes)
-        self.register_buffer("gaps", torch.cat([even[:1], even.diff()]), persistent=False)
+        self.register_buffer("gaps", self.even(), persistent=False)
         self.shift = nn.Parameter(torch.zeros(self.classes - 1))  # of the first cut, and of the logarithm of each gap
         self.size = 1
 
     def init_rules(self) -> dict[str, Rule]:
-        return {"shift": ZERO}
+        return {"shift": ZERO, "gaps": Rule("fixed", self.even)}
+
+    def even(self) -> Tensor:
+        """(C - 1,) the first cut and the distances of the others, so that all classes are equally likely."""
+        cuts = torch.logit(torch.arange(1, self.classes) / self.classes)
+        return torch.cat([cuts[:1], cuts.diff()])
 
     def cuts(self) -> Tensor:
         """(C - 1,) rising."""

@@ -35,6 +35,8 @@ def shards(tmp_path):
 def bucket(shards):
     """The shards with their indices in a store that fsspec opens."""
     store = fsspec.filesystem("memory")
+    if store.exists("/bucket"):  # of another test
+        store.rm("/bucket", recursive=True)
     for file in shards.iterdir():
         store.pipe(f"/bucket/{file.name}", file.read_bytes())
     yield "memory://bucket"

@@ -110,7 +110,8 @@ def test_masked_words_know_where_they_stand(page):
     t = t.map(lambda field: field[:, :2])
     optimizer = torch.optim.Adam([*model.parameters(), *objective.parameters()], lr=1e-2)
     for step in range(40):
-        batch = {"page": t, "hidden": torch.tensor([[step % 2 == 0, step % 2 == 1]])}
+        hidden = torch.tensor([[step % 2 == 0, step % 2 == 1]])
+        batch = objective._hide({"page": t, "seed": torch.zeros(1, dtype=torch.int64)}, {"page": hidden}, {})
         loss = objective(model, batch)["masked"].total
         optimizer.zero_grad()
         loss.backward()

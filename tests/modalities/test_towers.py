@@ -406,5 +406,6 @@ def test_a_tower_that_sees_whole_pictures_can_have_parts_of_them_masked():
     batch = {"image": encoder.reader.prepare(raw), "seed": torch.arange(2), "sample": torch.arange(2)}
     (term,) = objective(model, objective.task(batch)).values()
     term.total.backward()
-    assert objective.mask.shape == (encoder.features,)
-    assert objective.mask.grad.any()
+    (mask,) = objective.way.mask.values()
+    assert mask.shape == (encoder.features,)
+    assert mask.grad.any()

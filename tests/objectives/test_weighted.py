@@ -113,7 +113,9 @@ def test_only_parts_that_the_batch_serves_are_drawn_and_take_turns():
     assert set(objective.task(sounds)) == {"sound"}
 
 
-@pytest.mark.parametrize("turns", [None, Draw({"next": 0.0}), Draw(per="sample"), Alternate(["pair", "next"])], ids=["all", "batch", "sample", "turns"])
+@pytest.mark.parametrize(
+    "turns", [None, Draw({"next": 0.0}), Draw(per="sample"), Alternate(["pair", "next"])], ids=["all", "batch", "sample", "turns"]
+)
 def test_pieces_hide_what_the_whole_batch_hides(turns):
     parts = {"next": PARTS["next"], "pair": partial(Coupled, modality="video"), "sound": PARTS["sound"]}
     model, objective, batch = made(parts, turns=turns)
