@@ -161,7 +161,8 @@ class Ordinal(LabelLoss):
 
     def even(self) -> Tensor:
         """(C - 1,) the first cut and the distances of the others, so that all classes are equally likely."""
-        cuts = torch.logit(torch.arange(1, self.classes) / self.classes)
+        count = int(self.classes or 0)
+        cuts = torch.logit(torch.arange(1, count) / count)
         return torch.cat([cuts[:1], cuts.diff()])
 
     def cuts(self) -> Tensor:
