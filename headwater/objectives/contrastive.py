@@ -102,7 +102,7 @@ class Contrastive(Objective):
         momentum: candidates come from a copy of encoders and heads that follows them with this momentum (MoCo, arXiv:1911.05722).
         queue: candidates of past steps that are kept for each side.
         views: how random views among a and b are made; one that is not named here is the reader's own.
-        tile: scores that exist at once; larger matrices are made in tiles, and again in backward.
+        tile: scores (of sets: cosines of tokens) that exist at once; larger matrices are made in tiles, and again in backward.
     """
 
     coupled = True
@@ -182,11 +182,12 @@ class Contrastive(Objective):
         )
         if self.plain and type(pair.loss) is Softmax and self.score.symmetric:
             every = self.gather(rows[pair.b].items)
+            width = len(every[0]) * self.score.cost(rows[pair.a].items, every)
 
             def logits(*items: Tensor) -> Tensor:
                 return pair.loss.logits(self.score(items, every))
 
-            total = softmax_both_ways(logits, rows[pair.a].items, own, len(every[0]), self.tile)
+            total = softmax_both_ways(logits, rows[pair.a].items, own, width, self.tile)
         else:
             total = self.ask(pair, rows, keyed, own, batch)
         number = torch.tensor(len(sample), device=sample.device)

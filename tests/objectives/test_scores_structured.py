@@ -6,6 +6,7 @@ import torch
 from contracts import cases
 from torch.testing import assert_close
 
+from headwater.objectives import Contrastive
 from headwater.objectives.contrast.consistency import Consistent
 from headwater.objectives.contrast.gaussian import Gaussian, divergence, inclusion
 from headwater.objectives.contrast.scores import Cosine
@@ -244,3 +245,22 @@ def test_without_a_shared_space_tokens_cannot_be_compared():
         LateInteraction(model, NAMES)
     with pytest.raises(ValueError, match="space: 128"):
         Gaussian(model, NAMES)
+
+
+def test_tiles_of_token_sets_hold_fewer_scores(monkeypatch):
+    """As many cosines of tokens exist at once as `tile` allows, or those of one row."""
+    model = cases.model()
+    objective = Contrastive(model, "image", "text", score=LateInteraction, tile=500).double()
+    batch = cases.batch(model.readers, cases.examples(model.readers))
+    made = []
+    plain = LateInteraction.forward
+
+    def forward(self, a, b):
+        made.append((len(a[0]), len(a[0]) * a[0].shape[1] * len(b[0]) * b[0].shape[1]))
+        return plain(self, a, b)
+
+    monkeypatch.setattr(LateInteraction, "forward", forward)
+    tiled = objective(model, batch)["contrastive"].total
+    assert all(rows == 1 or numbers <= 500 for rows, numbers in made)
+    objective.tile = 1 << 23
+    torch.testing.assert_close(objective(model, batch)["contrastive"].total, tiled)

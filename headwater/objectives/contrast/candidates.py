@@ -56,7 +56,7 @@ class Candidates(NamedTuple):
 def contrast(score: Score, loss: Loss, positives: Positives, rows: Rows, candidates: Candidates, tile: int) -> Tensor:
     """What each row adds to the loss, (S,) or (S, K); summed over ranks it is that of one process on the whole batch.
 
-    tile: scores that exist at once. `Softmax`: loss_i = - sum_j T_ij log( e^{S_ij} / sum_k w_ik e^{S_ik} ).
+    tile: numbers that exist at once. `Softmax`: loss_i = - sum_j T_ij log( e^{S_ij} / sum_k w_ik e^{S_ik} ).
     """
     width = len(rows.items)
 
@@ -64,7 +64,8 @@ def contrast(score: Score, loss: Loss, positives: Positives, rows: Rows, candida
         logits = loss.logits(score(given[:width], candidates.items))
         return loss.rows(logits, target(positives, candidates, given[width:], own, logits.detach()))
 
-    return torch.cat(tiled(block, (rows.own, *rows.items, *rows.facts), len(candidates.items[0]), tile))
+    numbers = len(candidates.items[0]) * score.cost(rows.items, candidates.items)
+    return torch.cat(tiled(block, (rows.own, *rows.items, *rows.facts), numbers, tile))
 
 
 @torch.no_grad()

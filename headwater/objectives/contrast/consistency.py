@@ -50,6 +50,9 @@ class Consistent(Score):
     def forward(self, a: Items, b: Items) -> Tensor:
         return self.score(a, b)
 
+    def cost(self, a: Items, b: Items) -> int:
+        return self.score.cost(a, b)
+
     def terms(self, a: Items, b: Items, every_a: Items, every_b: Items) -> dict[str, tuple[Tensor, float]]:
         """ "within" and "across", beside the terms of the score."""
         tiles = zip(*(x.split(self.tile) for x in (*a, *b)), strict=True)

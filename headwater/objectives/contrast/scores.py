@@ -50,6 +50,10 @@ class Score(nn.Module):
         """Items of A and of B samples -> (A, B) scores, larger = more alike. A score depends on its own two samples alone."""
         raise NotImplementedError(f"{type(self).__name__}.forward must score all pairs")
 
+    def cost(self, a: Items, b: Items) -> int:
+        """How many numbers exist while one score is made, so that tiles of many scores keep to their memory."""
+        return 1
+
     def terms(self, a: Items, b: Items, every_a: Items, every_b: Items) -> dict[str, tuple[Tensor, float]]:
         """What a score wants beside the contrast: name -> (sum over this rank's pairs, weight).
 

@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from headwater import distributed
 
 
-def tiled(block: Callable[..., Any], rows: Sequence[Tensor], candidates: int, tile: int) -> list[Any]:
-    """`block` of some rows after the other, at most `tile` scores (rows * candidates) at once.
+def tiled(block: Callable[..., Any], rows: Sequence[Tensor], width: int, tile: int) -> list[Any]:
+    """`block` of some rows after the other, at most `tile` numbers (rows * width) at once.
 
-    rows: tensors (A, ...) that are cut alike. A matrix that fits in one tile is kept: there is nothing to save.
+    rows: tensors (A, ...) that are cut alike. width: numbers that exist per row: candidates, times what a score takes. A matrix
+    that fits in one tile is kept: there is nothing to save.
     """
-    step = max(1, tile // max(1, candidates))
+    step = max(1, tile // max(1, width))
     if len(rows[0]) <= step:
         return [block(*rows)]
     pieces = zip(*(x.split(step) for x in rows), strict=True)
@@ -31,7 +32,7 @@ def tiled(block: Callable[..., Any], rows: Sequence[Tensor], candidates: int, ti
     return [checkpoint(block, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
 
 
-def softmax_both_ways(logits: Callable[..., Tensor], rows: Sequence[Tensor], own: Tensor, candidates: int, tile: int) -> Tensor:
+def softmax_both_ways(logits: Callable[..., Tensor], rows: Sequence[Tensor], own: Tensor, width: int, tile: int) -> Tensor:
     """CLIP's loss: the mean of both directions' cross entropies, summed over this rank's pairs, from one matrix of scores.
 
     The second direction needs log-sum-exps over columns, of which this rank's rows have a part; parts are joined over tiles and
@@ -45,7 +46,7 @@ def softmax_both_ways(logits: Callable[..., Tensor], rows: Sequence[Tensor], own
         scores = logits(*rows)
         return scores.logsumexp(1), scores.logsumexp(0), scores.gather(1, own[:, None])[:, 0]
 
-    along, parts, pair = zip(*tiled(block, (own, *rows), candidates, tile), strict=True)
+    along, parts, pair = zip(*tiled(block, (own, *rows), width, tile), strict=True)
     every, _ = distributed.gather(torch.stack(parts).logsumexp(0)[None])
     down = every.logsumexp(0)[own]
     return (torch.cat(along) + down).sum() / 2 - torch.cat(pair).sum()

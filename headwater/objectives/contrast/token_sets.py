@@ -21,7 +21,7 @@ from headwater.tokens import Pooled, Tokens
 class TokenSets(Score):
     """What scores between sets share: the unit vectors of a sample's tokens, filled up to the longest.
 
-    One score takes the cosines of all pairs of both samples' tokens: lower the `tile` of the objective by their number.
+    One score takes the cosines of all pairs of both samples' tokens, so tiles hold fewer scores.
 
     Args:
         model: has a shared `space`.
@@ -39,6 +39,9 @@ class TokenSets(Score):
         if merge < 1:
             raise ValueError(f"found merge {merge}; expected 1 (every token counts) or more")
         self.merge = merge
+
+    def cost(self, a: Items, b: Items) -> int:
+        return max(1, a[0].shape[1] * b[0].shape[1])
 
     def vectors(self, model: Model, name: str, t: Tokens) -> Pooled:
         """Contextual tokens (B, N, D) -> the real ones that came with the signal, (T, space), sample by sample in their order."""
