@@ -55,7 +55,7 @@ def run(pairs: list[tuple[str, str]], seed: int, steps: int) -> list[dict[tuple[
 def main() -> None:
     """Train all arms of all seeds and say whether the claim holds."""
     quick = trial.options(__doc__)
-    steps, seeds = (20, range(2)) if quick else (400, range(3))
+    steps, seeds = (20, range(2)) if quick else (150, range(3))
     start = time.perf_counter()
     arms: dict[str, list[float]] = {}
     for seed in seeds:
