@@ -122,6 +122,24 @@ class Pooled(NamedTuple):
     sample: Tensor
 
 
+def in_all(samples: Sequence[Tensor]) -> Tensor:
+    """Sorted numbers of samples, several times -> those that are in all of them."""
+    first, *others = samples
+    for other in others:
+        first = first[torch.isin(first, other)]
+    return first
+
+
+def of(pooled: Pooled, sample: Tensor) -> Tensor:
+    """The vectors of these samples, which it has, in order."""
+    return pooled.x[torch.isin(pooled.sample, sample)]
+
+
+def join(a: Pooled, b: Pooled) -> tuple[Tensor, Tensor]:
+    """Vectors of the samples that both have, in the same order."""
+    return of(a, b.sample), of(b, a.sample)
+
+
 def cat(parts: Sequence[Tokens]) -> Tokens:
     """Join along N. Coordinates are zero-padded to the largest P; None fields are filled in where another part has them."""
     dims = max(t.position.shape[-1] for t in parts)
@@ -220,7 +238,7 @@ def seats(t: Tokens, sample: Tensor) -> tuple[Tensor, Tensor]:
     real = t.real()
     index = torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
     row = torch.zeros_like(sample).index_put((torch.searchsorted(sample, t.document[real]),), index)
-    return row, _earlier(row)
+    return row, earlier(row)
 
 
 def unpack(t: Tokens) -> Tokens:
@@ -252,10 +270,10 @@ def _alone(t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     samples = t.samples()
     inside = torch.isin(t.sample(), samples)
     row = torch.searchsorted(samples, t.sample()[inside])
-    return inside, row, _earlier(row)
+    return inside, row, earlier(row)
 
 
-def _earlier(group: Tensor) -> Tensor:
+def earlier(group: Tensor) -> Tensor:
     """(T,) numbers of groups -> (T,) how many earlier entries are of the same group."""
     by_group, count = group.argsort(stable=True), group.bincount()
     place = torch.empty_like(group)

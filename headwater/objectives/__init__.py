@@ -2,15 +2,6 @@
 
 from headwater.objectives.balanced import Balanced
 from headwater.objectives.causal import Causal
-from headwater.objectives.contrast.consistency import Consistent as Consistent
-from headwater.objectives.contrast.gaussian import Gaussian as Gaussian
-from headwater.objectives.contrast.hard_negatives import HardNegatives as HardNegatives
-from headwater.objectives.contrast.hard_negatives import WithoutFalse as WithoutFalse
-from headwater.objectives.contrast.soft_positives import Momentum as Momentum
-from headwater.objectives.contrast.soft_positives import Nearest as Nearest
-from headwater.objectives.contrast.soft_positives import NoiseAware as NoiseAware
-from headwater.objectives.contrast.token_sets import LateInteraction as LateInteraction
-from headwater.objectives.contrast.token_sets import Transport as Transport
 from headwater.objectives.contrastive import Contrastive
 from headwater.objectives.ctc import CTC
 from headwater.objectives.distilled import Distilled
@@ -32,10 +23,6 @@ from headwater.objectives.self_distillation import SelfDistillation
 from headwater.objectives.shuffled import Shuffled
 from headwater.objectives.supervised import Supervised
 from headwater.objectives.swapped import Swapped
-from headwater.objectives.targets.codes import Clusters as Clusters
-from headwater.objectives.targets.codes import Quantiser as Quantiser
-from headwater.objectives.targets.codes import RandomProjection as RandomProjection
-from headwater.objectives.targets.features import Features as Features
 from headwater.objectives.transformed import Transformed
 from headwater.objectives.weighted import Weighted
 

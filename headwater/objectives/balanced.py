@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headwater import distributed
 from headwater.model import Model
-from headwater.objectives.objective import Batch, Objective, Term
+from headwater.objectives.objective import Batch, Objective, Term, wide
 from headwater.objectives.wrapped import Wrapped
 
 
@@ -29,7 +29,7 @@ class Sums(NamedTuple):
 
 def sums(logits: Tensor, chosen: Tensor) -> Sums:
     """logits: (T, E); chosen: (T, K) numbers of the experts that were taken."""
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = wide(logits)
     count = chosen.flatten().bincount(minlength=logits.shape[-1])
     tokens = torch.tensor(len(logits), device=logits.device)
     return Sums(tokens, count, logits.softmax(-1).sum(0), logits.logsumexp(-1).square().sum())

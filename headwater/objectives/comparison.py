@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from headwater import distributed
 from headwater.init import ZERO, Rule
 from headwater.objectives.heads import Projector
-from headwater.objectives.objective import Schedule, at
-from headwater.objectives.regularisers import wide
+from headwater.objectives.objective import Schedule, at, wide
 
 
 class Comparison(nn.Module):

@@ -6,7 +6,7 @@ CLIP (Radford et al. 2021, arXiv:2103.00020; https://github.com/mlfoundations/op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -21,7 +21,7 @@ from headwater.objectives.contrast.positives import Identity, Positives
 from headwater.objectives.contrast.queue import Queue
 from headwater.objectives.contrast.scores import Cosine, Items, Score
 from headwater.objectives.contrast.tiles import softmax_both_ways
-from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part, viewed
 from headwater.teacher import Teacher
 from headwater.tokens import Pooled, Tokens
 from headwater.view import View
@@ -126,8 +126,8 @@ class Contrastive(Objective):
         super().__init__()
         chosen = [(a, b, 1.0)] if pairs is None else [(x, y, float(weight)) for x, y, weight in pairs]
         self.names = tuple(dict.fromkeys(name for x, y, _ in chosen for name in (x, y)))
-        self.views = {name: (views or {}).get(name, View()) for name in self.names if "@" in name}
-        check(chosen, self.views, views or {})
+        self.views = viewed(self.names, views)
+        check(chosen)
         self.score = score(model, self.names)
         self.positives = Identity(self.score) if positives is None else positives(self.score)
         self.needs, self.readers = (*self.names, *self.positives.needs), dict(self.positives.readers)
@@ -234,13 +234,11 @@ class Contrastive(Objective):
             self.teacher.follow(nn.ModuleList([model.only(self.names), self.score]), at(self.momentum, progress))
 
 
-def check(pairs: list[tuple[str, str, float]], views: Mapping[str, View], given: Mapping[str, View]) -> None:
-    """ValueError for pairs that say nothing and views that nobody asks for."""
+def check(pairs: list[tuple[str, str, float]]) -> None:
+    """ValueError for pairs that say nothing."""
     if not pairs:
         raise ValueError("found no pairs; expected at least one, such as [image, text, 1.0]")
     if same := [name for name, other, _ in pairs if name == other]:
         raise ValueError(f"found {same[0]} paired with itself; name two views of it, such as {same[0]}@0 and {same[0]}@1")
     if len({frozenset(pair[:2]) for pair in pairs}) < len(pairs):
         raise ValueError(f"found a pair twice in {pairs}; expected each once, with the sum of the weights")
-    if stray := set(given) - set(views):
-        raise ValueError(f"found views {sorted(stray)}, which are not compared; compared are {sorted(views) or 'no views'}")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from headwater.init import OUTPUT, Rule
 from headwater.model import Model, Reader
 from headwater.objectives.moments import Groups, groups
-from headwater.objectives.objective import Batch, Objective, Term, part
+from headwater.objectives.objective import Batch, Objective, Term, part, wide
 from headwater.tokens import Tokens, unpack
 
 
@@ -70,7 +70,7 @@ class CTC(Objective):
         t = model.encode(model.embed(part(batch, (self.modality,))))[self.modality]
         moments = groups(raw)
         score = self.head(moments.mean(t.x[:, : raw.position.shape[1]]))
-        score = score.to(torch.promote_types(score.dtype, torch.float32)).log_softmax(-1)
+        score = wide(score).log_softmax(-1)
         number = self.numbers(batch)["ctc"]
         if not len(spelled):
             return {"ctc": Term(0 * score.sum(), number)}

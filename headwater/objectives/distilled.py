@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from headwater.model import Model
 from headwater.objectives.causal import Causal
 from headwater.objectives.guide import Guide, Source
-from headwater.objectives.likelihood import wide
-from headwater.objectives.objective import Batch, Objective, Schedule, Term, at
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, wide
 from headwater.objectives.wrapped import Wrapped
 
 Match = Literal["kl", "cross_entropy", "squared"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headwater import distributed
 from headwater.init import ONE, ZERO, Rule
+from headwater.objectives.objective import wide
 
 
 class GlobalNorm(nn.Module):
@@ -34,18 +35,22 @@ class GlobalNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), normalised over all rows of all ranks."""
-        rows = x.flatten(0, -2).to(torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype)
-        mean, variance = moments(rows)
-        scale = (variance + self.eps).rsqrt()
-        normal = (rows - mean) * scale
+        flat = wide(x).flatten(0, -2)
+        mean, variance = moments(flat)
+        normal = (flat - mean) * (variance + self.eps).rsqrt()
         if self.weight is not None and self.bias is not None:
             normal = normal * self.weight + self.bias
         return normal.to(x.dtype).view(x.shape)
 
 
+def rows(x: Tensor) -> Tensor:
+    """(S, ...) -> () how many rows all ranks have together, at least 1, as a number of the type of x."""
+    return distributed.total(torch.tensor(float(len(x)), device=x.device, dtype=x.dtype)).clamp(min=1)
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and variance (D,), divided by the number of rows, over the rows (S, D) of all ranks, with gradient."""
-    number = distributed.total(torch.tensor(float(len(x)), device=x.device, dtype=x.dtype)).clamp(min=1)
+    number = rows(x)
     mean = distributed.summed(x.sum(0)) / number
     return mean, distributed.summed((x - mean).square().sum(0)) / number
 

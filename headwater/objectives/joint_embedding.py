@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from headwater.model import Model
 from headwater.objectives import regularisers
 from headwater.objectives.heads import Projector, moments
-from headwater.objectives.objective import Batch, Objective, Term, part
-from headwater.tokens import Pooled
+from headwater.objectives.objective import Batch, Objective, Term, part, wide
+from headwater.tokens import in_all, of
 from headwater.view import View
 
 Name = Literal[
@@ -100,7 +100,7 @@ class JointEmbedding(Objective):
         pooled = model.represent(part(batch, self.needs))
         sample = in_all([p.sample for p in pooled.values()])
         x = {m: torch.stack([of(pooled[key], sample) for key in keys]) for m, keys in self.keys.items()}
-        z = regularisers.wide(torch.cat([self.heads[m](v) for m, v in x.items()]))
+        z = wide(torch.cat([self.heads[m](v) for m, v in x.items()]))
         terms = self._functions(batch)
         values = {name: torch.stack([f(*given) for given in self._given(name, z)]).mean() for name, f in terms.items()}
         number = torch.tensor(len(sample), device=z.device)
@@ -124,16 +124,3 @@ class JointEmbedding(Objective):
             "unit": lambda x: r.unit_gaussian(*moments(x)),
         }
         return {name: every[name] for name in self.terms}
-
-
-def in_all(samples: Sequence[Tensor]) -> Tensor:
-    """Sorted numbers of samples, several times -> those that are in all of them."""
-    first, *others = samples
-    for other in others:
-        first = first[torch.isin(first, other)]
-    return first
-
-
-def of(pooled: Pooled, sample: Tensor) -> Tensor:
-    """The vectors of these samples, which it has, in order."""
-    return pooled.x[torch.isin(pooled.sample, sample)]

@@ -19,7 +19,7 @@ from headwater.model import Model
 from headwater.objectives.distances import Distance, distance_of
 from headwater.objectives.guide import Guide, Source
 from headwater.objectives.masks.policies import Blocks, Policy, indices, lengths
-from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part, viewed
 from headwater.position import sincos
 from headwater.tokens import LAST, Tokens, cat
 from headwater.trunk import Trunk
@@ -90,7 +90,7 @@ class Latent(Objective):
         self.modality, self.prefix = modality, tuple(prefix or ())
         self.needs = (modality, *self.prefix, *(context or ()))
         self.policy, self.ratio, self.ahead = policy or Blocks((0.2, 0.2), (0.75, 1.5)), ratio, ahead
-        self.views = {name: (views or {}).get(name, View()) for name in self.needs if "@" in name}
+        self.views = viewed(self.needs, views)
         self.distance = distance_of("squared" if distance == "flow" else distance)
         self.whole = not callable(ratio) and ratio >= 1 and not ahead
         self.targets, self.window, self.window_ratio = 1 if ahead or self.whole else targets, window, window_ratio

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from headwater import random
 from headwater.model import Model, Reader
-from headwater.objectives.objective import Batch, Schedule, at
+from headwater.objectives.objective import Batch, Schedule, at, wide
 from headwater.teacher import Teacher
 from headwater.tokens import Tokens
 
@@ -246,11 +246,6 @@ def entropy(logits: Tensor) -> Tensor:
     """In nats: (..., V) -> (...)."""
     log_p = wide(logits).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Likelihood:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from headwater import random
 from headwater.init import OUTPUT, Rule
 from headwater.model import Model
-from headwater.objectives.likelihood import Likelihood, wide
+from headwater.objectives.likelihood import Likelihood
 from headwater.objectives.masks.amounts import ratios, spared
 from headwater.objectives.masks.asking import Drop, Locate, Substitute
 from headwater.objectives.masks.policies import Policy, Uniform, indices, number
 from headwater.objectives.masks.salient import attended
-from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, check_context
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, check_context, wide
 from headwater.objectives.targets.errors import error, select
 from headwater.objectives.targets.target import Asked, Target, Values
 from headwater.tokens import Tokens

@@ -24,10 +24,9 @@ from headwater.model import Model, Reader
 from headwater.objectives.distances import Distance, distance_of
 from headwater.objectives.guide import Guide, Source
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, at
-from headwater.objectives.paired import join
 from headwater.objectives.targets.features import trunk_of
 from headwater.position import rotate
-from headwater.tokens import Tokens
+from headwater.tokens import Tokens, join
 
 
 @contextmanager

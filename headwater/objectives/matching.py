@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from headwater import distributed, random
 from headwater.model import Model
 from headwater.objectives.heads import Projector
-from headwater.objectives.objective import Batch, Objective, Term, check_context, part
+from headwater.objectives.objective import Batch, Objective, Term, check_context, part, wide
 from headwater.tokens import Pooled, Tokens, append, mean_pool, unpack
 
 Negatives = Literal["hard", "random"]
@@ -97,8 +97,7 @@ class Matching(Objective):
         encoded = model.in_pieces(lambda piece: _encode(model, piece), raw)
         alone = {name: _rows(raw[name], encoded[name], encoded[f"{name}/behind"], both) for name in self.needs}
         left, right = self._pairs(alone, encoded, batch)
-        logit = self.head(self._fuse(model, {self.a: left, self.b: right}))[:, 0]
-        logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
+        logit = wide(self.head(self._fuse(model, {self.a: left, self.b: right}))[:, 0])
         truth = torch.arange(len(logit), device=logit.device) < len(both)
         total = F.binary_cross_entropy_with_logits(logit, truth.to(logit.dtype), reduction="sum")
         metrics = {"accuracy": ((logit > 0) == truth).float().mean()} if len(truth) else {}

@@ -82,6 +82,19 @@ def weighted_sum(terms: dict[str, Term], numbers: dict[str, Tensor], world: int)
     return torch.stack([t.weight * t.total * world / numbers[name].clamp(min=1) for name, t in terms.items()]).sum()
 
 
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32, in which losses and statistics are taken."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def viewed(names: Sequence[str], views: Mapping[str, View] | None) -> dict[str, View]:
+    """How the loader makes those of these names that are views ("image@0"); one that is not in `views` is the reader's own."""
+    found = {name: (views or {}).get(name, View()) for name in names if "@" in name}
+    if stray := set(views or {}) - set(found):
+        raise ValueError(f"found views {sorted(stray)}; expected some of those that are asked for: {sorted(found) or 'none'}")
+    return found
+
+
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over the present slots of each target: (..., D), (..., D) -> (...). Absent slots (NaN) do not count."""
     present = ~target.isnan()
@@ -91,8 +104,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Per-token cross entropy in nats: (..., V), (...) ids -> (...)."""
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    flat = nn.functional.cross_entropy(wide.flatten(0, -2), target.flatten(), reduction="none")
+    flat = nn.functional.cross_entropy(wide(logits).flatten(0, -2), target.flatten(), reduction="none")
     return flat.view(target.shape)
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from headwater.init import OUTPUT, TABLE, Rule
 from headwater.model import Model
 from headwater.objectives.guide import Guide
-from headwater.objectives.objective import Batch, Objective, Schedule, Term
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, viewed
 from headwater.pooling import last_pool
-from headwater.tokens import Pooled, Tokens, append
+from headwater.tokens import Pooled, Tokens, append, join
 from headwater.view import View
 
 
@@ -31,11 +31,6 @@ def ask_behind(encoder: nn.Module, t: Tokens, questions: Tensor, causal: bool = 
     said = encoder(asked, causal)
     said = said.map(lambda field: field[:, : asked.x.shape[1]])  # an encoder's own registers stand behind
     return last_pool(said._replace(valid=said.real() & ~said.given(), order=None))
-
-
-def join(a: Pooled, b: Pooled) -> tuple[Tensor, Tensor]:
-    """Vectors of the samples that both have, in the same order."""
-    return a.x[torch.isin(a.sample, b.sample)], b.x[torch.isin(b.sample, a.sample)]
 
 
 class Paired(Objective):
@@ -70,7 +65,7 @@ class Paired(Objective):
         if tokens < 0:
             raise ValueError(f"found tokens {tokens}; expected how many learned tokens stand behind {a}, 0 or more")
         self.needs, self.a, self.b, self.causal = (a, b), a, b, causal
-        self.views = {name: (views or {}).get(name, View()) for name in self.needs if "@" in name}
+        self.views = viewed(self.needs, views)
         encoder = model.encoder(a)
         size, wanted = encoder.width if tokens else encoder.dim, model.encoder(b).dim
         self.teacher = None if teacher in ("both", "same") else Guide(model, teacher, [b], momentum)  # type: ignore[arg-type]

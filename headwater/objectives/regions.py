@@ -19,7 +19,7 @@ from headwater.objectives.contrast.losses import Loss, Softmax
 from headwater.objectives.contrast.positives import Target
 from headwater.objectives.contrast.tiles import tiled
 from headwater.objectives.heads import Projector
-from headwater.objectives.objective import Batch, Objective, Term
+from headwater.objectives.objective import Batch, Objective, Term, viewed
 from headwater.tokens import Pooled, Tokens
 from headwater.view import View
 
@@ -132,15 +132,15 @@ class Regions(Objective):
         super().__init__()
         self.names = tuple(dict.fromkeys((a, b)))
         self.same = a == b
-        if stray := (set(regions or {}) | set(views or {})) - set(self.names):
-            raise ValueError(f"found regions or views of {sorted(stray)}; compared are {' and '.join(self.names)}")
+        if stray := set(regions or {}) - set(self.names):
+            raise ValueError(f"found regions of {sorted(stray)}; compared are {' and '.join(self.names)}")
         if span <= 0 or near < 0:
             raise ValueError(f"found span {span} and near {near}; expected a span above 0 and near of 0 or more")
         if self.same and 3 * near < 1:
             raise ValueError(f"found {a} compared with itself and near {near}; expected 1/3 or more: other moments are its answers")
         if odd := [name for name, reader in (regions or {}).items() if reader.features not in (2, 4)]:
             raise ValueError(f"the regions of {odd[0]} have neither 4 numbers (Boxes) nor 2 (first, one past the last)")
-        self.views = {name: (views or {}).get(name, View()) for name in self.names if "@" in name}
+        self.views = viewed(self.names, views)
         self.readers = {f"regions/{name}": reader for name, reader in (regions or {}).items()}
         self.needs = (*self.names, *self.readers)
         self.span, self.near, self.negatives, self.tile = span, near, negatives, tile

@@ -11,17 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headwater import distributed, random
-from headwater.objectives.heads import moments
-
-
-def rows(x: Tensor) -> Tensor:
-    """(S, ...) -> () how many rows all ranks have together, at least 1, as a number of the type of x."""
-    return distributed.total(torch.tensor(float(len(x)), device=x.device, dtype=x.dtype)).clamp(min=1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision as float32, in which statistics are taken."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from headwater.objectives.heads import moments, rows
 
 
 def invariance(a: Tensor, b: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from headwater.distributed import gather
 from headwater.model import Model
 from headwater.objectives.guide import Guide, Source
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, part
-from headwater.objectives.paired import join
-from headwater.tokens import Pooled
+from headwater.tokens import Pooled, join
 
 
 def relations(a: Tensor, every_b: Tensor, temperature: float, own: Tensor | None = None) -> Tensor:

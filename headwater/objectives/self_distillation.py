@@ -20,11 +20,10 @@ from headwater.init import TABLE, Rule
 from headwater.model import Model
 from headwater.objectives import regularisers
 from headwater.objectives.comparison import Comparison, Prototypes, agreement
-from headwater.objectives.joint_embedding import in_all, of
 from headwater.objectives.masks.policies import Blocks, Policy
-from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, part, wide
 from headwater.teacher import Teacher
-from headwater.tokens import Pooled, Tokens
+from headwater.tokens import Pooled, Tokens, in_all, of
 from headwater.view import View
 
 LARGE, SMALL = View(share=(0.4, 1.0), strength=1.0), View(share=(0.05, 0.4), scale=0.5, strength=1.0)
@@ -158,7 +157,7 @@ class SelfDistillation(Objective):
         total = self.compare.error(agreed).sum()
         terms = {"views": Term(total, numbers["views"], metrics=self.compare.metrics(targets))}
         if self.weight:
-            apart = torch.stack([regularisers.spread(regularisers.wide(v)) for v in x[: len(self.large)]]).mean()
+            apart = torch.stack([regularisers.spread(wide(v)) for v in x[: len(self.large)]]).mean()
             terms["spread"] = Term(apart * numbers["spread"], numbers["spread"], self.weight)
         if self.masks:
             terms["tokens"] = Term(self._tokens(student, teacher, progress), numbers["tokens"])

@@ -15,7 +15,7 @@ from headwater.init import OUTPUT, TABLE, Rule
 from headwater.model import Model, Reader
 from headwater.objectives.label_losses import CrossEntropy, LabelLoss
 from headwater.objectives.moments import about, groups
-from headwater.objectives.objective import Batch, Objective, Term, check_context, part
+from headwater.objectives.objective import Batch, Objective, Term, check_context, part, wide
 from headwater.tokens import mean_pool
 
 
@@ -81,8 +81,7 @@ class Supervised(Objective):
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
         label, asked = batch[self.name], batch["about"] >= 0
-        answer = self.head(self._features(model, batch)[batch["about"][asked]])
-        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
+        answer = wide(self.head(self._features(model, batch)[batch["about"][asked]]))
         target = label.x[asked] if self.loss.ids else label.x[asked].to(answer.dtype)
         total = (self.loss(answer, target) * self._weights(batch)[label.sample()[asked]]).sum()
         with torch.no_grad():

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from headwater.init import TABLE, Rule
 from headwater.model import Model
 from headwater.objectives.comparison import sinkhorn
-from headwater.objectives.objective import Batch, Objective, Term, part
-from headwater.objectives.regularisers import wide
+from headwater.objectives.objective import Batch, Objective, Term, part, viewed, wide
 from headwater.view import View
 
 
@@ -55,9 +54,8 @@ class Swapped(Objective):
         views: dict[str, View] | None = None,
     ) -> None:
         super().__init__()
-        if a == b or (stray := set(views or {}) - {a, b}):
-            what = f"{a} paired with itself" if a == b else f"views of {sorted(stray)}"
-            raise ValueError(f"found {what}; expected two sides, such as {a.partition('@')[0]}@0 and {a.partition('@')[0]}@1")
+        if a == b:
+            raise ValueError(f"found {a} paired with itself; expected two sides, such as {a}@0 and {a}@1")
         if prototypes < 2 or min(temperature, entropy) <= 0:
             raise ValueError(
                 f"found {prototypes} prototypes, temperature {temperature} and entropy {entropy}; expected 2 or more, and above 0"
@@ -66,7 +64,7 @@ class Swapped(Objective):
         if shared and len(set(dims.values())) > 1:
             raise ValueError(f"pooled vectors have different sizes, {dims}; give the model a shared space, or set shared: false")
         self.needs, self.shared, self.temperature, self.entropy = (a, b), shared, temperature, entropy
-        self.views = {name: (views or {}).get(name, View()) for name in (a, b) if "@" in name}
+        self.views = viewed((a, b), views)
         dims = {"all": model.dim(a)} if shared else dims
         self.prototypes = nn.ParameterDict({name: nn.Parameter(torch.randn(prototypes, dim)) for name, dim in dims.items()})
 

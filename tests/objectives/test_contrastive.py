@@ -347,7 +347,7 @@ def test_items_of_varying_size_are_filled_up(ranks):
         ({"pairs": []}, "found no pairs"),
         ({"a": "image", "b": "image"}, "image@0"),
         ({"pairs": [("image", "text", 1), ("text", "image", 1)]}, "twice"),
-        ({"views": {"image@0": View()}}, "not compared"),
+        ({"views": {"image@0": View()}}, "found views"),
         ({"a": "image", "b": "smell"}, "no encoder"),
         ({"queue": 0}, "queue of 0"),
         ({"loss": partial(Softmax, 2.0)}, "temperature"),

@@ -5,8 +5,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from headwater.objectives import JointEmbedding
-from headwater.objectives.joint_embedding import in_all, of
-from headwater.tokens import Pooled
+from headwater.tokens import Pooled, in_all, of
 
 
 def made(packed=False, modalities=("image",), **options):

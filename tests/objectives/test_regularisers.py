@@ -162,14 +162,6 @@ def test_few_or_equal_rows_are_finite(name, n):
     assert all(x.grad.isfinite().all() for x in given)
 
 
-def test_half_precision_is_widened():
-    assert [r.wide(torch.zeros(1, dtype=d)).dtype for d in (torch.bfloat16, torch.float16, torch.float64)] == [
-        torch.float32,
-        torch.float32,
-        torch.float64,
-    ]
-
-
 def directed(seeds):
     return r.directions(torch.tensor(seeds[distributed.rank()], dtype=torch.int64), 4, 5)
 

@@ -3,7 +3,7 @@ import math
 import torch
 from torch.testing import assert_close
 
-from headwater.objectives.objective import Term, cross_entropy, squared_error, weighted_sum
+from headwater.objectives.objective import Term, cross_entropy, squared_error, weighted_sum, wide
 
 
 def test_squared_error_is_the_mean_over_present_slots():
@@ -34,3 +34,11 @@ def test_weighted_sum_divides_each_term_by_its_own_number():
 
 def test_a_term_without_targets_is_zero_not_nan():
     assert weighted_sum({"a": Term(torch.tensor(0.0), torch.tensor(0))}, {"a": torch.tensor(0.0)}, world=1) == 0
+
+
+def test_half_precision_is_widened():
+    assert [wide(torch.zeros(1, dtype=d)).dtype for d in (torch.bfloat16, torch.float16, torch.float64)] == [
+        torch.float32,
+        torch.float32,
+        torch.float64,
+    ]

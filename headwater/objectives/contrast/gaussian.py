@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from headwater.init import Rule, constant
 from headwater.model import Model
 from headwater.objectives.contrast.scores import Items, Score
+from headwater.objectives.objective import wide
 from headwater.tokens import Pooled
 
 
@@ -77,7 +78,7 @@ class Gaussian(Score):
 
     def items(self, name: str, vectors: Pooled) -> Items:
         """-> (means (S, D), unit vectors; log variances (S, D); (S,) 1 = of the modality that includes)."""
-        x = vectors.x.float() if vectors.x.dtype in (torch.float16, torch.bfloat16) else vectors.x
+        x = wide(vectors.x)
         log_variance = self.spread[name.partition("@")[0]](vectors.x).to(x.dtype).clamp(-20, 10)
         return F.normalize(x, dim=-1), log_variance, x.new_full((len(x),), float(name == self.wide))
 

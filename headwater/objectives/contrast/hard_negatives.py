@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headwater.objectives.contrast.positives import Facts, Identity, Positives, Target
-from headwater.objectives.contrast.scores import Items, Score
+from headwater.objectives.contrast.scores import Detached, Items, Score
 from headwater.objectives.objective import Batch
 
 
@@ -89,7 +89,7 @@ class WithoutFalse(Inner):
 
     def __init__(self, score: Score, above: float = 0.9, inner: Callable[[Score], Positives] = Identity) -> None:
         super().__init__(score, inner)
-        self.compare, self.above = Comparison(score), above
+        self.compare, self.above = Detached(score), above
         self.like = (*self.compare.like, *self.inner.like)
 
     def facts(self, batch: Batch, name: str, sample: Tensor, items: Items) -> Facts:
@@ -101,23 +101,3 @@ class WithoutFalse(Inner):
         suspect = self.compare(tuple(c[own] for c in columns[:size]), columns[:size]) >= self.above
         out = torch.zeros_like(scores).masked_fill(suspect & (target.t == 0), -torch.inf)
         return target._replace(log_w=out if target.log_w is None else target.log_w + out)
-
-
-class Comparison:
-    """A score that positives ask, without owning its parameters. Its items must be of one size, as facts are.
-
-    like: items of no sample.
-    """
-
-    def __init__(self, score: Score) -> None:
-        if score.like is None:
-            raise ValueError(
-                f"{type(score).__name__} compares sets of different sizes, which these positives cannot keep; take one that "
-                "compares one vector per sample, such as Cosine"
-            )
-        self.score, self.like = score, score.like
-
-    @torch.no_grad()
-    def __call__(self, a: Items, b: Items) -> Tensor:
-        """Items of A and C samples -> (A, C), without gradient."""
-        return self.score(a, b)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from headwater import distributed
 from headwater.init import Rule, constant
+from headwater.objectives import heads
 from headwater.objectives.contrast.positives import Target
 
 
@@ -179,6 +180,5 @@ class Bound(Loss):
     def total(self, rows: Tensor) -> Tensor:
         if self.kind != "smile":
             return rows.sum()
-        number = distributed.total(torch.tensor(float(len(rows)), dtype=rows.dtype, device=rows.device))
-        mean = distributed.summed(rows[:, 1].sum()) / number.clamp(min=1)
+        mean = distributed.summed(rows[:, 1].sum()) / heads.rows(rows)
         return rows[:, 0].sum() + len(rows) * torch.where(mean > 0, mean, 1.0).log()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from headwater.model import Model
 from headwater.objectives.heads import Projector
+from headwater.objectives.objective import wide
 from headwater.tokens import Pooled, Tokens
 
 Items = tuple[Tensor, ...]  # what a score needs of S samples: tensors (S, ...), in the order of their numbers
@@ -93,7 +94,27 @@ class Cosine(Score):
     def items(self, name: str, vectors: Pooled) -> Items:
         """-> ((S, D) unit vectors,), in float32 at least."""
         x = self.heads[name.partition("@")[0]](vectors.x) if self.heads else vectors.x
-        return (F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1),)
+        return (F.normalize(wide(x), dim=-1),)
 
     def forward(self, a: Items, b: Items) -> Tensor:
         return a[0] @ b[0].T
+
+
+class Detached:
+    """A score that positives ask, without owning its parameters. Its items must be of one size, as facts are.
+
+    like: items of no sample.
+    """
+
+    def __init__(self, score: Score) -> None:
+        if score.like is None:
+            raise ValueError(
+                f"{type(score).__name__} compares sets of different sizes, which these positives cannot keep; take one that "
+                "compares one vector per sample, such as Cosine"
+            )
+        self.score, self.like = score, score.like
+
+    @torch.no_grad()
+    def __call__(self, a: Items, b: Items) -> Tensor:
+        """Items of A and C samples -> (A, C), without gradient."""
+        return self.score(a, b)

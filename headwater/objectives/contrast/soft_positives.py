@@ -9,9 +9,8 @@ from torch import Tensor
 
 from headwater import distributed
 from headwater.init import ZERO, Rule
-from headwater.objectives.contrast.hard_negatives import Comparison
 from headwater.objectives.contrast.positives import Facts, Positives, Target, check_share, one_hot
-from headwater.objectives.contrast.scores import Items, Score
+from headwater.objectives.contrast.scores import Detached, Items, Score
 from headwater.objectives.objective import Batch, Schedule, at
 
 
@@ -32,7 +31,7 @@ class Momentum(Positives):
         check_share(share)
         if temperature <= 0:
             raise ValueError(f"found temperature {temperature}; expected more than 0")
-        self.compare, self.share, self.temperature = Comparison(score), share, temperature
+        self.compare, self.share, self.temperature = Detached(score), share, temperature
         self.like, self.progress = self.compare.like, 0.0
 
     def facts(self, batch: Batch, name: str, sample: Tensor, items: Items) -> Facts:
@@ -62,7 +61,7 @@ class Nearest(Positives):
         check_share(share)
         if k < 1 or share == 1:
             raise ValueError(f"found k {k} and share {share}; expected 1 neighbour or more, and a share below 1")
-        self.compare, self.k, self.share = Comparison(score), k, share
+        self.compare, self.k, self.share = Detached(score), k, share
         self.like, self.progress = self.compare.like, 0.0
 
     def facts(self, batch: Batch, name: str, sample: Tensor, items: Items) -> Facts:

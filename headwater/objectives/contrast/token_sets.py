@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from headwater.model import Model
 from headwater.objectives.contrast.scores import Items, Score
-from headwater.tokens import Pooled, Tokens
+from headwater.objectives.objective import wide
+from headwater.tokens import Pooled, Tokens, earlier
 
 
 class TokenSets(Score):
@@ -57,9 +58,9 @@ class TokenSets(Score):
 
     def items(self, name: str, vectors: Pooled) -> Items:
         """-> (unit vectors (S, L, D), in float32 at least, 0 where L is more than the sample has; which are real (S, L))."""
-        x = vectors.x.float() if vectors.x.dtype in (torch.float16, torch.bfloat16) else vectors.x
+        x = wide(vectors.x)
         _, row, count = vectors.sample.unique(return_inverse=True, return_counts=True)
-        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+        place = earlier(row)
         shape = len(count), int(count.max()) if len(count) else 0
         units = x.new_zeros(*shape, x.shape[-1]).index_put((row, place), F.normalize(x, dim=-1))
         return units, place.new_zeros(shape, dtype=torch.bool).index_put((row, place), place.new_ones((), dtype=torch.bool))
