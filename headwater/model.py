@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from headwater.init import INPUT, OUTPUT, TIED, Rule
 from headwater.pooling import POOLINGS, AttentionPool, Pooling
+from headwater.position import sincos
+from headwater.process import Process
 from headwater.spec import Described, plain
 from headwater.tokens import Pooled, Tokens, cat_rows, split_rows
 from headwater.trunk import Trunk
@@ -27,13 +29,16 @@ class Reader(Described):
 
     extensions: shard members that it reads, the first one present wins. vocab: number of ids, or None for vectors of
     `features` numbers. follows: the modality whose random views this one goes through too, such as the picture that boxes
-    lie on; None = it has draws of its own.
+    lie on; None = it has draws of its own. end: the id that ends a signal; None = signals fill their canvas. extras: ids that
+    no signal has, which objectives use as marks (of hidden spans, of tasks).
     """
 
     extensions: ClassVar[tuple[str, ...]] = ()
     follows: str | None = None
     features: int = 0
     vocab: int | None = None
+    end: int | None = None
+    extras: range = range(0)
 
     def member(self, names: Iterable[str]) -> str | None:
         """The member among `names` that this reader would read, or None."""
@@ -70,6 +75,19 @@ class Reader(Described):
         """The inverse of tokens and prepare for one sample (row 0 of a prepared batch): pictures, generation."""
         raise NotImplementedError(f"{type(self).__name__} does not restore signals")
 
+    def blank(self) -> Tokens:
+        """The canvas that generation fills, one row: the places of the longest plain signal, with empty values."""
+        raise NotImplementedError(f"{type(self).__name__} does not tell where the tokens of a new signal lie")
+
+    def allowed(self, position: Tensor) -> Tensor | None:
+        """Which ids may stand at these places: (..., P) -> (..., vocab) bool; None = all of them everywhere."""
+        return None
+
+    def canvas(self, position: Tensor, order: Tensor | None = None) -> Tokens:
+        """Empty values at these coordinates (N, P) -> one row; `order` (N,) as `tokens` gives it."""
+        x = position.new_zeros(len(position), dtype=torch.long) if self.vocab else torch.zeros(len(position), self.features)
+        return Tokens(x, position, order=order).map(lambda field: field[None])
+
     def files(self) -> dict[str, Path]:
         """Constructor argument -> the file that it names, for files that must travel with the weights."""
         return {}
@@ -85,6 +103,8 @@ class Encoder(nn.Module, Described):
     Adapters to other libraries override the four verbs; objectives use nothing else.
     width: D. embedded: the size of what `embed` gives, D unless a tower says otherwise. dim: size of the pooled vector.
     maskable: forward may be given a subset of the tokens. pointwise: `embed` looks at each token alone, so it may be given one too.
+    settled: its weights were trained before, and `headwater.init` leaves them alone.
+    cacheable: in causal passes `embed` and `forward` may be given a sequence piece by piece, within a Cache.
 
     Args:
         reader: how signals become tokens.
@@ -95,11 +115,15 @@ class Encoder(nn.Module, Described):
         causal: attention never looks ahead, whoever asks (language models).
         tied: the head that gives ids is the table that embeds them (Press and Wolf 2017, arXiv:1608.05859).
         head_bias: the head has a bias.
-        start: the id that stands before the first token in causal prediction (ids only); None = one of its own, behind all others.
+        start: the id that stands where nothing is known: before the first token in causal prediction, in place of what discrete
+            diffusion has hidden (ids only); None = one of its own, behind all others.
+        values: whose `vocab` and `features` tell what a token holds once it is prepared; None = the reader.
     """
 
+    settled: bool = False
     maskable: bool = True
     pointwise: bool = True
+    cacheable: bool = True
 
     reader: Reader
     width: int
@@ -119,20 +143,22 @@ class Encoder(nn.Module, Described):
         tied: bool = False,
         head_bias: bool = True,
         start: int | None = None,
+        values: Any = None,
     ) -> None:
         super().__init__()
+        values = values or reader
         if pooling in ("class", "registers") and trunk.registers is None:
             raise ValueError(f"found pooling: {pooling} on a trunk without registers; set `registers: 1` or more on the trunk")
-        if tied and reader.vocab is None:
-            raise ValueError(f"found tied on {type(reader).__name__}, which gives vectors; only ids have a table to share")
+        if tied and values.vocab is None:
+            raise ValueError(f"found tied on {type(values).__name__}, which gives vectors; only ids have a table to share")
         self.reader, self.width, self.embedded, self.dim = reader, trunk.width, trunk.width, trunk.width
-        self.features, self.vocab, self.start = reader.features, reader.vocab, reader.vocab if start is None else start
-        if reader.vocab is None:
-            self.stem: nn.Module = nn.Linear(reader.features, trunk.width)
+        self.features, self.vocab, self.start = values.features, values.vocab, values.vocab if start is None else start
+        if values.vocab is None:
+            self.stem: nn.Module = nn.Linear(values.features, trunk.width)
         else:
-            self.stem = nn.Embedding(reader.vocab + (start is None), trunk.width)
+            self.stem = nn.Embedding(values.vocab + (start is None), trunk.width)
         self.trunk = trunk
-        self.head = None if tied else nn.Linear(trunk.width, reader.vocab or reader.features, bias=head_bias)
+        self.head = None if tied else nn.Linear(trunk.width, values.vocab or values.features, bias=head_bias)
         self.pooling, self.causal = pooling, causal
         self.pooler = AttentionPool(trunk) if pooling == "attention" else None
         self.pooled_norm = trunk.make_norm(trunk.width) if pooled_norm else nn.Identity()
@@ -140,9 +166,25 @@ class Encoder(nn.Module, Described):
     def init_rules(self) -> dict[str, Rule]:
         """A stem of several layers has its own."""
         found = {} if self.head is None else {"head.weight": OUTPUT}
-        if self.head is None:
+        if self.head is None and isinstance(self.stem, nn.Embedding):
             found["stem.weight"] = TIED
         return found | ({"stem.weight": INPUT} if isinstance(self.stem, nn.Linear) else {})
+
+    def prepare(self, raw: Tokens) -> Tokens:
+        """On the device, once per batch: what the reader gave -> what objectives hide and ask for."""
+        return self.reader.prepare(raw)
+
+    def restore(self, t: Tokens) -> Signal:
+        """The inverse for one sample (row 0 of a prepared batch)."""
+        return self.reader.restore(t)
+
+    def blank(self) -> Tokens:
+        """The canvas that generation fills, one row: the places of a prepared signal, with empty values."""
+        return self.reader.blank()
+
+    def allowed(self, position: Tensor) -> Tensor | None:
+        """Which ids may stand at these places: (..., P) -> (..., vocab) bool; None = all of them everywhere."""
+        return self.reader.allowed(position)
 
     def embed(self, raw: Tokens) -> Tokens:
         """Values -> vectors, tokens do not mix. raw.x: (B, N) ids or (B, N, features) -> (B, N, D)."""
@@ -172,10 +214,12 @@ class Fusion(nn.Module, Described):
     last: the modality whose encoder runs behind the fusion: it comes in embedded, with what others add to it, such as pictures
     before the words of a language model. None = all encoders run first.
     keeps_order: False = what it mixes has lost its order, and causal passes are refused.
+    cacheable: causal passes may come piece by piece, within a Cache.
     """
 
     last: str | None = None
     keeps_order: bool = True
+    cacheable: bool = False
 
     def __init__(self, widths: dict[str, int]) -> None:
         super().__init__()
@@ -195,6 +239,7 @@ class Model(nn.Module):
         fusion: makes the fusion from {name: width}; None = the modalities stay apart.
         space: size of a shared embedding space: each encoder's pooled vector is projected into it. None = no projection.
         frozen: names of encoders that do not train and stay in evaluation mode; not part of what is exported.
+        processes: modality of vectors -> how it becomes noise, and what its head says of it; see `process`.
     """
 
     chunks: int = 1  # pieces of `represent`; set by who trains, not part of what is exported
@@ -205,6 +250,7 @@ class Model(nn.Module):
         fusion: Callable[[dict[str, int]], Fusion] | None = None,
         space: int | None = None,
         frozen: Sequence[str] = (),
+        processes: dict[str, Process] | None = None,
     ) -> None:
         super().__init__()
         if not encoders:
@@ -214,6 +260,9 @@ class Model(nn.Module):
         self.fusion = fusion({name: e.width for name, e in made.items()}) if fusion else None
         self.space = space
         self.projections = nn.ModuleDict({n: nn.Linear(e.dim, space, bias=False) for n, e in made.items()} if space else {})
+        self.processes = dict(processes or {})
+        for name in (n for key, p in self.processes.items() for n in (key, *p.told)):
+            self.encoder(name)
         self.frozen = tuple(frozen)
         for name in self.frozen:
             self.encoder(name).requires_grad_(False)
@@ -230,7 +279,7 @@ class Model(nn.Module):
     def spec(self) -> dict[str, Any]:
         """How to make this model again, as plain data."""
         parts = {name: plain(e) for name, e in self.encoders.items()}
-        return {"encoders": parts, "fusion": plain(self.fusion), "space": self.space}
+        return {"encoders": parts, "fusion": plain(self.fusion), "space": self.space, "processes": plain(self.processes)}
 
     @property
     def readers(self) -> dict[str, Reader]:
@@ -252,6 +301,15 @@ class Model(nn.Module):
         encoder = self.encoder(name)
         return self.space or encoder.dim
 
+    def process(self, name: str) -> Process:
+        """How a modality of vectors becomes noise; a straight line, with the velocity asked for, where nothing else was said."""
+        return self.processes.get(name.partition("@")[0]) or Process()
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Tokens of modalities and their views as their encoders prepare them; everything else as it is."""
+        known = {name for name, t in batch.items() if isinstance(t, Tokens) and name.partition("@")[0] in self.encoders}
+        return {name: self.encoder(name).prepare(t) if name in known else t for name, t in batch.items()}
+
     def embed(self, batch: dict[str, Any]) -> dict[str, Tokens]:
         """Raw tokens of the modalities that have an encoder -> embedded tokens."""
         return {name: self.encoder(name).embed(t) for name, t in batch.items() if name.partition("@")[0] in self.encoders}
@@ -271,6 +329,24 @@ class Model(nn.Module):
                     out[name] = whole.map(lambda field, start=first, count=rows: field[start : start + count])  # type: ignore[misc]
                     first += rows
         return {name: out[name] for name in parts}
+
+    def at_time(self, parts: dict[str, Tokens], name: str, time: Tensor) -> tuple[dict[str, Tokens], dict[str, Tensor]]:
+        """Embedded parts, of which `name` is noisy -> parts and condition for `forward`, which tell how noisy.
+
+        time: (B, N) from 0, the signal, to 1, the noise. A conditional trunk takes its sines, and the pooled vectors of what its
+        process is `told`, into its norms (DiT, Peebles and Xie 2023, arXiv:2212.09748); else they are added to the tokens, so
+        that encoders without blocks serve too (Transfusion, Zhou et al. 2024, arXiv:2408.11039).
+        """
+        t, trunk, parts = parts[name], getattr(self.encoder(name), "trunk", None), dict(parts)
+        code = sincos(1000 * time[..., None], t.x.shape[-1]).flip(-1).to(t.x.dtype)  # beside positions, which have the other end
+        sample = t.sample().contiguous()
+        for other in [other for other in self.process(name).told if other in parts]:
+            pooled = self.encoder(other).pool(self.encode({other: parts.pop(other)})[other])
+            seat = torch.searchsorted(pooled.sample, sample).where(torch.isin(sample, pooled.sample), len(pooled.sample))
+            code = code + F.pad(pooled.x, (0, 0, 0, 1))[seat]  # a sample without it is told nothing
+        if trunk is not None and trunk.conditional and len(trunk.blocks):
+            return parts, {name: code}
+        return {**parts, name: t._replace(x=t.x + code)}, {}
 
     def forward(
         self, parts: dict[str, Tokens], causal: bool = False, condition: dict[str, Tensor] | None = None
@@ -313,6 +389,7 @@ class Model(nn.Module):
         """A model of some of the encoders, with or without the fusion, that shares them with this one: what a teacher copies."""
         kept = list(dict.fromkeys(name.partition("@")[0] for name in names))
         made = Model({name: self.encoder(name) for name in kept}, frozen=[name for name in kept if name in self.frozen])
+        made.processes = {n: p for n, p in self.processes.items() if {n, *p.told} <= set(kept)}
         made.fusion, made.space = self.fusion if fusion else None, self.space
         made.projections = nn.ModuleDict({name: self.projections[name] for name in kept} if self.space else {})
         return made.train(self.training)

@@ -100,6 +100,11 @@ class Pretrainer(pl.LightningModule):
             check_needs(self.objective, self.trainer.datamodule.provides)
             self.objective.start(self.backbone)
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Floats and normalisation, or the codes of a tokeniser, on the device."""
+        labels = {name: reader.prepare(batch[name]) for name, reader in self.objective.readers.items() if name in batch}
+        return self.backbone.prepare(batch) | labels
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(random.seed_of(self.seed, self.global_step, self.global_rank))  # dropout too is a function of the step
         optimizer: Any = self.optimizers()

@@ -16,7 +16,9 @@ class Described:
         made = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs)
         bound.apply_defaults()  # a default that changes later must not change a model that was saved
-        given = {name: plain(value) for name, value in list(bound.arguments.items())[1:]}
+        loose = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD  # of a class without arguments of its own
+        named = [name for name, p in list(bound.signature.parameters.items())[1:] if p.kind not in loose]
+        given = {name: plain(bound.arguments[name]) for name in named if name in bound.arguments}
         object.__setattr__(made, "spec", {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": given})
         return made
 

@@ -153,6 +153,37 @@ def cat(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(x, position, **fields)
 
 
+def concat(parts: Sequence[Tokens]) -> Tokens:
+    """Join per document: its real tokens of the first part, then those of the second, and so on, (B, N').
+
+    A sample lies in one row, whatever it has of each part; in a row documents follow one another by their numbers, padding
+    behind them. Coordinates are zero-padded to the largest P. `order` is None where no part has one, and then counts anew.
+    """
+    dims = max(t.position.shape[-1] for t in parts)
+    packed, ordered = any(t.document is not None for t in parts), any(t.order is not None for t in parts)
+    real = torch.cat([t.real() for t in parts], 1)
+    sample = torch.cat([t.sample() for t in parts], 1)
+    row = torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
+    first = ((row * (int(sample.max()) + 1 if sample.numel() else 1)) + sample[real]).argsort(stable=True)
+    row, own = row[first], sample[real][first]
+    seat = row, earlier(row)
+    length = int(seat[1].max()) + 1 if len(row) else 1  # one column at least, so that a rank without any token can run
+
+    def laid(fields: Sequence[Tensor]) -> Tensor:
+        values = torch.cat(list(fields), 1)
+        return values.new_zeros(len(real), length, *values.shape[2:]).index_put(seat, values[real][first])
+
+    x = laid([t.x for t in parts])
+    position = laid([F.pad(t.position, (0, dims - t.position.shape[-1])) for t in parts])
+    order = laid([t.place() if t.order is None else t.order for t in parts]) if ordered else None
+    there = real.new_zeros(len(real), length).index_put(seat, real.new_ones(()))
+    valid = None if len(row) and all(t.valid is None for t in parts) else there
+    if not packed:
+        return Tokens(x, position, valid, None, order)
+    document = own.new_zeros(len(real), length).index_put(seat, own)
+    return Tokens(x, position, valid, torch.where(there, document, document.amax(1, keepdim=True)), order)
+
+
 def cat_rows(parts: Sequence[Tokens]) -> Tokens:
     """Join along B tokens of equal N without documents; row r of part k becomes row r + the rows of the parts before it."""
     valid = None if all(t.valid is None for t in parts) else torch.cat([t.real() for t in parts])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from headwater.tokens import Tokens, attention_mask, cat, mean_pool, split
+from headwater.tokens import Tokens, attention_mask, cat, concat, mean_pool, split
 
 X = torch.arange(10).reshape(2, 5)
 POSITION = torch.arange(10).reshape(2, 5, 1)
@@ -102,3 +102,35 @@ def test_mean_pool_leaves_absent_samples_out():
     t = Tokens(torch.ones(3, 2, 4), torch.zeros(3, 2, 1), torch.tensor([[1, 1], [0, 0], [1, 0]]).bool())
     assert mean_pool(t).sample.tolist() == [0, 2]
     assert mean_pool(t._replace(valid=torch.zeros(3, 2).bool())).x.shape == (0, 4)
+
+
+def test_concat_joins_per_document():
+    a = Tokens(torch.tensor([[1, 2, 3, 4]]), torch.arange(4)[None, :, None], None, torch.tensor([[5, 5, 7, 7]]))
+    b = Tokens(
+        torch.tensor([[60, 80, 81, 0]]),
+        torch.arange(4)[None, :, None],
+        torch.tensor([[True, True, True, False]]),
+        torch.tensor([[5, 7, 7, 7]]),
+        torch.tensor([[9, 9, 9, 9]]),
+    )
+    joined = concat([a, b])
+    assert joined.x.tolist() == [[1, 2, 60, 3, 4, 80, 81]]
+    assert joined.sample().tolist() == [[5, 5, 5, 7, 7, 7, 7]]
+    assert joined.real().all()
+    assert joined.order.tolist() == [[0, 1, 9, 0, 1, 9, 9]]
+
+
+def test_concat_of_nothing_has_one_padded_column():
+    nothing = FULL._replace(valid=torch.zeros_like(VALID))
+    for t in (nothing, nothing._replace(document=None)):
+        assert concat([t, t]).real().tolist() == [[False], [False]]
+
+
+def test_concat_of_rows_pads_behind():
+    a = Tokens(torch.tensor([[1, 2], [3, 0]]), torch.zeros(2, 2, 1), torch.tensor([[True, True], [True, False]]))
+    b = Tokens(torch.tensor([[7], [8]]), torch.ones(2, 1, 2))
+    joined = concat([a, b])
+    assert joined.x.tolist() == [[1, 2, 7], [3, 8, 0]]
+    assert joined.real().tolist() == [[True, True, True], [True, True, False]]
+    assert joined.document is joined.order is None
+    assert joined.position.shape == (2, 3, 2)

@@ -205,9 +205,9 @@ class ShardDataModule(pl.LightningDataModule):
         return batch
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Floats and normalisation, on the device."""
-        readers = self.readers
-        return {name: readers[name].prepare(value) if isinstance(value, Tokens) else value for name, value in batch.items()}
+        """On the device: the module makes of it what its objective asks about."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return module.prepare(batch)
 
 
 def as_it_is(batch: Any) -> Any:

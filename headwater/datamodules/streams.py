@@ -196,8 +196,8 @@ def join(samples: Sequence[Sample]) -> Sample:
     for sample in samples:
         span = 1 + max((int(t.position[:, 0].max()) for t in sample.values() if len(t.position)), default=0)
         for name, t in sample.items():
-            order = None if t.order is None else t.order + start
-            moved.setdefault(name, []).append(t._replace(position=_at(t.position, start, "text"), order=order))
+            order = t.position[:, 0].long() if t.order is None else t.order  # modalities of a document share its time
+            moved.setdefault(name, []).append(t._replace(position=_at(t.position, start, "text"), order=order + start))
         start += span
     for name, parts in moved.items():
         out[name] = _joined(parts)

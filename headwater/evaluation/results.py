@@ -31,7 +31,11 @@ def interval(scores: np.ndarray, group: Sequence[int] | np.ndarray | None = None
     """95 % percentile bootstrap interval of the mean of scores (n,). group: whole groups are drawn (steps of an episode)."""
     scores = np.asarray(scores, np.float64)
     _, inverse = np.unique(np.arange(len(scores)) if group is None else np.asarray(group), return_inverse=True)
-    total, number = np.bincount(inverse, scores), np.bincount(inverse)
+    return ratio_interval(np.bincount(inverse, scores), np.bincount(inverse), draws)
+
+
+def ratio_interval(total: np.ndarray, number: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """The same of a sum over a sum, such as bits over bytes, of entries (n,) that are drawn as a whole."""
     drawn = np.random.default_rng(0).integers(0, len(total), (draws, len(total)))
     means = total[drawn].sum(1) / number[drawn].sum(1)
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

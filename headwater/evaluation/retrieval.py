@@ -50,7 +50,7 @@ class Retrieval(pl.Callback):
             if self.show and type(model.encoder(name).reader).restore is not Reader.restore:
                 seen = self._signals.setdefault(dataloader_idx, {}).setdefault(name, {})
                 for number, place in zip(sample.tolist(), pooled.sample.tolist()):
-                    seen[number] = model.encoder(name).reader.restore(batch[name].map(lambda f, i=place: f[i : i + 1]))
+                    seen[number] = model.encoder(name).restore(batch[name].map(lambda f, i=place: f[i : i + 1]))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         for number, kept in sorted(self._kept.items()):

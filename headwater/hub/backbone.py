@@ -59,7 +59,7 @@ class Backbone(nn.Module):
             raw = collate([{name: self.reader[name].tokens(value)} for value in values], [name])[name]
             if bool(raw.real().all()):
                 raw = raw._replace(valid=None)  # nothing is padded: fused attention stays on
-            made[name] = self.reader[name].prepare(raw.map(lambda field: field.to(device)))
+            made[name] = self.model.encoder(name).prepare(raw.map(lambda field: field.to(device)))
         return made
 
     def forward(self, **signals: Sequence[Any]) -> dict[str, Tensor]:

@@ -145,6 +145,7 @@ def model_of(spec: dict[str, Any], folder: Path) -> Model:
         {name: build(e) for name, e in spec["encoders"].items()},
         None if fusion is None else lambda widths: build(fusion),
         spec["space"],
+        processes={name: build(process) for name, process in spec.get("processes", {}).items()},
     )
 
 
@@ -171,9 +172,14 @@ def with_assets(model: Model, folder: Path) -> dict[str, Any]:
 
 
 def changed_reader(spec: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """An encoder's spec with other arguments of its reader, which is an argument of its own or takes the encoder's."""
+    """An encoder's spec with other arguments of its reader.
+
+    The reader is an argument of its own or takes the encoder's; one that goes around another encoder has its reader.
+    """
     arguments = dict(spec["init_args"])
-    if isinstance(arguments.get("reader"), dict):
+    if inner := next((name for name in ("encoder", "tokeniser") if isinstance(arguments.get(name), dict)), None):
+        arguments[inner] = changed_reader(arguments[inner], changed)
+    elif isinstance(arguments.get("reader"), dict):
         arguments["reader"] = {**arguments["reader"], "init_args": {**arguments["reader"]["init_args"], **changed}}
     else:
         arguments |= changed

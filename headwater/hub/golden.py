@@ -32,7 +32,7 @@ def pooled(model: Model, name: str, raw: Tokens) -> Tensor:
     """(S, dim) of raw tokens, in evaluation mode, on the CPU."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    prepared = model.encoder(name).reader.prepare(raw.map(lambda field: field.to(device)))
+    prepared = model.encoder(name).prepare(raw.map(lambda field: field.to(device)))
     vectors = model.represent({name: prepared})[name].x
     model.train(training)
     return vectors.float().cpu()

@@ -105,7 +105,12 @@ def _rebuilt(model: Model, old: str, new: str, spec: dict[str, Any], changes: Ch
     fusion = model.fusion
     if fusion is not None and old != new:
         raise ValueError("found a fusion, which knows its modalities by name; inflate the encoder before fusing")
-    made = Model({n: build(s) for n, s in parts.items()}, (lambda widths: build(fusion.spec)) if fusion else None, model.space)
+    made = Model(
+        {n: build(s) for n, s in parts.items()},
+        (lambda widths: build(fusion.spec)) if fusion else None,
+        model.space,
+        processes={new if name == old else name: process for name, process in model.processes.items()},
+    )
     place = re.compile(rf"^(encoders|projections)\.{old}\.")
     mine = {place.sub(rf"\1.{new}.", name): w for name, w in model.state_dict().items()}
     taken, rows = {}, []

@@ -154,6 +154,10 @@ class ActionReader(Reader):
         known = self.robot(robot)
         return steps if known is None else aligned(steps, self.names, known.slots) * known.scale + known.center
 
+    def blank(self) -> Tokens:
+        count = math.ceil(self.steps / self.chunk)
+        return self.canvas(grid(count) * self.chunk, moments(count) * self.chunk)
+
     def files(self) -> dict[str, Path]:
         return {"statistics": Path(place(self.statistics))} if self.statistics else {}
 

@@ -70,6 +70,11 @@ class AudioReader(SoundReader):
     def prepare(self, t: Tokens) -> Tokens:
         return t._replace(x=(t.x.to(torch.float32) + 5.0) / 4.0)  # log-mel of speech lies around -5 with deviation 4
 
+    def blank(self) -> Tokens:
+        rows = self.bands // self.height
+        steps = self.count(round(self.seconds * self.rate)) // rows
+        return self.canvas(grid(steps, rows), None if rows == 1 else moments(steps, rows))
+
     def restore(self, t: Tokens) -> np.ndarray:
         """The log-mel spectrogram (frames, bands); a waveform needs a vocoder."""
         x = t.x[0][t.real()[0]] * 4.0 - 5.0

@@ -75,6 +75,14 @@ class CodecReader(Reader):
         """From "steps"."""
         return min(int(facts["steps"]), self.steps) * self.codebooks if "steps" in facts else None
 
+    def blank(self) -> Tokens:
+        position = layout(self.steps, self.codebooks, self.pattern)[1]
+        return self.canvas(position, position[:, 0].long() if self.pattern == "delay" else None)
+
+    def allowed(self, position: Tensor) -> Tensor:
+        book = torch.arange(self.vocab, device=position.device) // self.size
+        return book == position[..., 1:2]
+
     def restore(self, t: Tokens) -> np.ndarray:
         """Codes (T, codebooks) for the decoder of the codec. ValueError where a token is no code of its codebook."""
         ids = t.x[0][t.real()[0]].cpu()

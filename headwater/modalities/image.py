@@ -132,6 +132,9 @@ class ImageReader(Reader):
         x = x * x.new_tensor(self.std) + x.new_tensor(self.mean)
         return (x.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
+    def blank(self) -> Tokens:
+        return self.canvas(grid(1, self.size // self.patch, self.size // self.patch))
+
     def example(self, n: int, seed: int) -> list[Tokens]:
         noise = (random.uniform(torch.tensor(seed), (n, 3, 3, 3), "image") * 255).numpy().astype(np.uint8)
         if self.shape != "native":
@@ -170,7 +173,7 @@ class Image(Encoder):
     ) -> None:
         super().__init__(ImageReader(size, patch, shape, zoom, mean, std, interpolation), trunk, pooling)
         self.place = None if table is None else Resampled(table, trunk.width)
-        self.pointwise = self.place is None  # the table is laid over the grid of the whole picture
+        self.pointwise = self.cacheable = self.place is None  # the table is laid over the grid of the whole picture
 
     def embed(self, raw: Tokens) -> Tokens:
         t = super().embed(raw)

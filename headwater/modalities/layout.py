@@ -46,7 +46,7 @@ class LayoutReader(TextReader):
 
     def tokens(self, signal: Any, view: View | None = None) -> Tokens:
         """There is no random view of a page."""
-        found = [(int(i), box) for text, box in words(signal) for i in self._ids(text)][: self.most - self.marks]
+        found = [(int(i), box) for text, box in words(signal) for i in self.ids(text.strip())][: self.most - self.marks]
         if not found:
             raise ValueError("the page has no word")
         if self.start is not None:
@@ -57,7 +57,7 @@ class LayoutReader(TextReader):
         return Tokens(torch.tensor([i for i, _ in found]), position)
 
     def count(self, content: bytes) -> int:
-        return sum(len(self._ids(text)) for text, _ in words(json.loads(content)))
+        return sum(len(self.ids(text.strip())) for text, _ in words(json.loads(content)))
 
     def length(self, facts: dict[str, float]) -> int | None:
         """From `tokens-<digest>` (see `count`); the size of the JSON says little."""

@@ -39,6 +39,7 @@ class TextReader(Reader):
         start: the token, or its id, before every text; None = none.
         end: the token, or its id, behind every text; None = an id of its own; "" = none.
         vocab: how many ids the table of a model has, where it has more than its tokenizer; None = as many as there are.
+        extra: ids behind all others that no text has: marks of hidden spans and of tasks, which objectives use.
     """
 
     extensions = ("txt", "text", "caption")
@@ -50,14 +51,16 @@ class TextReader(Reader):
         start: int | str | None = None,
         end: int | str | None = None,
         vocab: int | None = None,
+        extra: int = 0,
     ) -> None:
         self.tokenizer, self.most = tokenizer, length
         self._json = tokenizer_of(tokenizer).to_str() if is_foreign(tokenizer) else None  # so that no other process converts it
         self.known = 256 if tokenizer == BYTES else max(self._codec.get_vocab().values()) + 1  # ids of the tokenizer
         self.start = None if start is None else self._mark(start)
         self.end = self.known if end is None else None if end == "" else self._mark(end)
-        needed = self.known + (end is None)
-        self.vocab = vocab or needed
+        first = self.known + (end is None)
+        needed = first + extra
+        self.vocab, self.extras = vocab or needed, range(first, needed)
         if self.vocab < needed:
             raise ValueError(f"found vocab {vocab}; tokenizer {tokenizer!r} has {needed} ids with its marks")
         self.marks = (self.start is not None) + (self.end is not None)
@@ -93,7 +96,7 @@ class TextReader(Reader):
     def tokens(self, signal: str, view: View | None = None) -> Tokens:
         if not isinstance(signal, str):
             raise ValueError(f"found a text of {type(signal).__name__}; expected a str")
-        found = self._ids(signal if view is None else fewer(signal, view))
+        found = self.ids((signal if view is None else fewer(signal, view)).strip())
         if not len(found):
             raise ValueError("the text is empty")
         found = found[: self.most - self.marks]
@@ -106,16 +109,21 @@ class TextReader(Reader):
             ids[-1] = self.end
         return Tokens(torch.from_numpy(ids), grid(len(ids)))
 
-    def _ids(self, text: str) -> Sequence[int] | np.ndarray:
-        """All ids of a text, without marks."""
-        text = text.strip()
+    def ids(self, text: str) -> Sequence[int] | np.ndarray:
+        """All ids of a text as it is, without marks."""
         if self.tokenizer == BYTES:
             return np.frombuffer(text.encode(), np.uint8)
         return self._codec.encode(text, add_special_tokens=False).ids
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The inverse of `ids`."""
+        if self.tokenizer == BYTES:
+            return bytes(ids).decode(errors="replace")
+        return self._codec.decode(ids, skip_special_tokens=False)
+
     def count(self, content: bytes) -> int:
         """How many ids the text of a member has, without marks and uncut: the value of the fact `tokens-<digest>`."""
-        return len(self._ids(content.decode("utf-8")))
+        return len(self.ids(content.decode("utf-8").strip()))
 
     def length(self, facts: dict[str, float]) -> int | None:
         """From "size" for bytes, too large by the white space at both ends; else from `tokens-<digest>` (see `count`)."""
@@ -127,9 +135,10 @@ class TextReader(Reader):
         ids = [i for i in t.x[0][t.real()[0]].tolist() if i < self.known]
         ids = ids[1:] if ids[:1] == [self.start] else ids
         ids = ids[:-1] if ids[-1:] == [self.end] else ids
-        return (
-            bytes(ids).decode(errors="replace") if self.tokenizer == BYTES else self._codec.decode(ids, skip_special_tokens=False)
-        )
+        return self.text(ids)
+
+    def blank(self) -> Tokens:
+        return self.canvas(grid(self.most))
 
     def files(self) -> dict[str, Path]:
         if self.tokenizer == BYTES:
@@ -163,7 +172,7 @@ class Text(Encoder):
         length: the most tokens of a text, marks included.
         start: the token, or its id, before every text; None = none.
         end: the token, or its id, behind every text; None = an id of its own; "" = none.
-        vocab: how many ids the table of a model has, where it has more than its tokenizer; None = as many as there are.
+        extra: ids behind all others for marks of objectives; see TextReader.
         pooling: how tokens become one vector; see Encoder.
         tied: the head that gives ids is the table that embeds them.
     """
@@ -177,8 +186,9 @@ class Text(Encoder):
         end: int | str | None = None,
         pooling: Pooling = "mean",
         tied: bool = False,
+        extra: int = 0,
     ) -> None:
-        super().__init__(TextReader(tokenizer, length, start, end), trunk, pooling, tied=tied)
+        super().__init__(TextReader(tokenizer, length, start, end, extra=extra), trunk, pooling, tied=tied)
 
 
 def fewer(text: str, view: View) -> str:

@@ -31,6 +31,7 @@ class Tower(Encoder):
     """
 
     own: int = 0
+    cacheable = False
     settled = True  # `headwater.init` leaves it alone: its own library has drawn or loaded its weights
 
     def __init__(self, reader: Reader, width: int, dim: int) -> None:

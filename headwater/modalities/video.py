@@ -116,6 +116,9 @@ class VideoReader(Reader):
         shape = {"h": side, "w": side, "s": self.tubelet, "p": self.patch, "q": self.patch}
         return rearrange(x, "(t h w) (s p q c) -> (t s) (h p) (w q) c", **shape).cpu().numpy()
 
+    def blank(self) -> Tokens:
+        return self.canvas(*tubes(math.ceil(self.frames / self.tubelet), self.size // self.patch, self.tubelet))
+
     def example(self, n: int, seed: int) -> list[Tokens]:
         noise = (random.uniform(torch.tensor(seed), (n, 3, 4, 4, 3), "video") * 255).to(torch.uint8)
         return [self.tokens(clip[: 2 + k % 2].numpy()) for k, clip in enumerate(noise)]
@@ -158,7 +161,7 @@ class Video(Encoder):
                 "more, for space and for time, and no registers: these have neither a moment nor a place"
             )
         super().__init__(VideoReader(size, patch, frames, stride, tubelet, rate), trunk, pooling)
-        self.attention = attention
+        self.attention, self.cacheable = attention, attention == "joint"
 
     def forward(self, t: Tokens, causal: bool = False, condition: Tensor | None = None) -> Tokens:
         if self.attention == "joint":

@@ -200,9 +200,14 @@ def example(pretrainer: Pretrainer, rows: int, dtype: torch.dtype | None) -> dic
         reader = pretrainer.readers[name]
         one = reader.example(1, 0)[0]
         one = stretch(one, longest(reader, pretrainer.objective.views.get(name)) or one.position.shape[0])
-        t = reader.prepare(one.map(lambda field: field[None].repeat(rows, *[1] * field.ndim)))
-        batch[name] = t._replace(x=t.x.to(dtype)) if dtype and t.x.is_floating_point() else t
-    return batch
+        batch[name] = one.map(lambda field: field[None].repeat(rows, *[1] * field.ndim))
+    return {name: narrowed(value, dtype) for name, value in pretrainer.prepare(batch).items()}
+
+
+def narrowed(value: Any, dtype: torch.dtype | None) -> Any:
+    """Vectors of tokens in this precision."""
+    floats = isinstance(value, Tokens) and value.x.is_floating_point()
+    return value._replace(x=value.x.to(dtype)) if dtype and floats else value
 
 
 def longest(reader: Reader, view: View | None = None) -> int | None:

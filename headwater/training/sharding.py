@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from headwater.layers import Block
 
-ENTRIES = ("hide", "ask", "predict_step")  # the methods of a Pretrainer that run the model
+ENTRIES = ("prepare", "hide", "ask", "predict_step")  # the methods of a Pretrainer that run the model
 
 
 class Sharded(ModelParallelStrategy):

@@ -146,7 +146,7 @@ def test_related_samples_become_one_document(tmp_path):
 def test_joined_orders_follow_one_another():
     one = {"text": READERS["text"].tokens("abc")}
     two = {"text": READERS["text"].tokens("de")._replace(order=torch.tensor([0, 0, 1]))}
-    assert join([one, one])["text"].order is None
+    assert join([one, one])["text"].order.tolist() == [*range(8)]
     assert join([two, two])["text"].order.tolist() == [0, 0, 1, 3, 3, 4]
 
 
