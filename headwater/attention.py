@@ -65,6 +65,11 @@ def higher_order() -> Iterator[None]:
         _differentiable.reset(token)
 
 
+def higher_order_is_on() -> bool:
+    """True inside `higher_order`."""
+    return _differentiable.get()
+
+
 def plan(mask: Mask, like: Tensor, heads: int, bias: Tensor | None = None) -> Route:
     """The kernel for a mask. like: (B, N, D) what will attend, for its device and dtype; bias: (B or 1, H, Q, K) on the scores."""
     if bias is not None:
@@ -73,7 +78,7 @@ def plan(mask: Mask, like: Tensor, heads: int, bias: Tensor | None = None) -> Ro
         if mask.causal:
             see = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
         return Route(mask=bias.to(like.dtype) if see is None else bias.to(like.dtype).masked_fill(~see, float("-inf")))
-    if mask.kind in BLOCK_SPARSE and not _differentiable.get():
+    if mask.kind in BLOCK_SPARSE and not higher_order_is_on():
         chosen, why = chosen_kernel(mask.kind, like.device.type, kernel_dtype(like), like.shape[-1] // heads)
         if chosen == "varlen" and mask.document is not None and mask.document[0] is mask.document[1]:
             return Route(lengths=lengths(mask))

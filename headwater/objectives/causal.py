@@ -9,31 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from headwater.model import Model
 from headwater.objectives.likelihood import Likelihood
-from headwater.objectives.objective import Batch, Objective, Term, check_context, part, squared_error
+from headwater.objectives.objective import Batch, Objective, Term, check_context, cross_entropy, part, squared_error
+from headwater.sequence import shift, unfolding
 from headwater.teacher import Teacher
-from headwater.tokens import Tokens
-
-
-def shift(t: Tokens, start: int | None) -> Tokens:
-    """Each place holds the value before it; the first place of a document holds `start`, or zeros for vectors."""
-    before = F.pad(t.x, (1, 0) if t.x.ndim == 2 else (0, 0, 1, 0))[:, :-1]
-    first = t.place() == 0
-    first = first if t.x.ndim == 2 else first[..., None]
-    return t._replace(x=torch.where(first, torch.zeros_like(before) if start is None else start, before))
-
-
-def one_by_one(t: Tokens, step: int) -> Tokens:
-    """Makes orders `step` apart and counts the tokens of equal order up within, so that no two see each other.
-
-    step: more than the tokens of any span. Needs `order` to rise along the row.
-    """
-    order = t.place() if t.order is None else t.order
-    span = t._replace(document=(t.sample() << 32) + order)
-    return t._replace(order=order * step + span.place())
 
 
 class Causal(Objective):
@@ -57,12 +38,13 @@ class Causal(Objective):
     ) -> None:
         super().__init__()
         encoder = model.encoder(modality)
-        self.modality, self.prefix, self.classes = modality, tuple(prefix or ()), encoder.vocab
+        self.modality, self.classes = modality, encoder.vocab
+        self.prefix, self.context = tuple(prefix or ()), tuple(context or ())
         if likelihood is not None and encoder.vocab is None:
             raise ValueError(f"found a likelihood for {modality}, whose steps are vectors; expected ids. Leave it out")
         self.likelihood = likelihood or Likelihood()
         self.readers = self.likelihood.readers
-        self.seen = (modality, *self.prefix, *(context or ()))
+        self.seen = (modality, *self.prefix, *self.context)
         self.needs = (*self.seen, *self.readers)
         check_context(model, modality, self.seen[1:])
         if model.fusion is not None and not model.fusion.keeps_order:
@@ -77,35 +59,45 @@ class Causal(Objective):
             self.reference.copy(model.only(self.seen, fusion=True))
 
     def task(self, batch: Batch, hints: None = None) -> Batch:
-        raw = batch[self.modality]
-        others = {k: batch[k] for k in self.seen[1:]}
-        if raw.order is not None:  # patches of a frame share one order; as answers they come one by one
-            step = raw.position.shape[1] + 1
-            others = {k: t._replace(order=step * (t.place() if t.order is None else t.order)) for k, t in others.items()}
-            raw = one_by_one(raw, step)
-        for k in self.prefix:
-            others[k] = others[k]._replace(order=torch.zeros_like(others[k].place()))
+        raw, others = unfolding(batch[self.modality], part(batch, self.prefix), part(batch, self.context))
         asked = self.likelihood.keeps(raw) if self.ids else raw.real()
         return {**batch, **others, self.modality: shift(raw, self.start_id), "answer": raw.x, "asked": asked}
 
     def numbers(self, batch: Batch) -> dict[str, Tensor]:
         return dict.fromkeys(("causal", "anchor") if self.likelihood.anchor else ("causal",), batch["asked"].sum())
 
+    def states(self, model: Model | Teacher, batch: Batch) -> Tensor:
+        """The vectors (B, N, D) that answer at every place, on what `task` returned."""
+        y = model(model.embed(part(batch, self.seen)), True)[self.modality].x
+        return y[:, : batch[self.modality].position.shape[1]]  # registers and other appended tokens answer nothing
+
     def predict(self, model: Model | Teacher, batch: Batch) -> Tensor:
-        """What the model answers at every place, on what `task` returned: logits (B, N, V) or values (B, N, features)."""
-        y = model(model.embed(part(batch, self.seen)), True)
-        length = batch[self.modality].position.shape[1]  # registers and other appended tokens answer nothing
-        return model.encoder(self.modality).unembed(y[self.modality].x[:, :length])
+        """What the model answers at every place: logits (B, N, V) or values (B, N, features)."""
+        return model.encoder(self.modality).unembed(self.states(model, batch))
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Term]:
-        predicted, asked = self.predict(model, batch), batch["asked"]
+        return self.score(model, self.states(model, batch), batch)
+
+    def score(self, model: Model, states: Tensor, batch: Batch) -> dict[str, Term]:
+        """The terms, given the vectors that answer."""
+        unembed, asked = model.encoder(self.modality).unembed, batch["asked"]
         if not self.ids:
-            return {"causal": Term((squared_error(predicted.float(), batch["answer"]) * asked).sum(), asked.sum())}
-        with torch.no_grad():
-            reference = None if self.reference is None else self.predict(self.reference, batch)
+            return {"causal": Term((squared_error(unembed(states).float(), batch["answer"]) * asked).sum(), asked.sum())}
         answer = batch[self.modality]._replace(x=batch["answer"])
-        terms = {"causal": Term((self.likelihood.cost(predicted, answer, batch, reference) * asked).sum(), asked.sum())}
-        if self.likelihood.anchor and reference is not None:
-            away, weight = self.likelihood.anchor(predicted, reference), self.likelihood.anchored(batch.get("progress", 0.0))
-            terms["anchor"] = Term((away * asked).sum(), asked.sum(), weight)
+        if self.reference is not None:
+            return self._beside(unembed(states), batch)
+        return {"causal": Term(self.likelihood.score(unembed, states, answer, asked, batch).sum(), asked.sum())}
+
+    def _beside(self, logits: Tensor, batch: Batch) -> dict[str, Term]:
+        """The terms where the reference answers too, for which both need their logits."""
+        answer, asked, likelihood = batch[self.modality]._replace(x=batch["answer"]), batch["asked"], self.likelihood
+        with torch.no_grad():
+            reference = self.predict(self.reference, batch)  # type: ignore[arg-type]
+        cost = likelihood.cost(-cross_entropy(logits, answer.x), answer, batch)
+        if likelihood.soft:
+            cost = likelihood.soft(cost, logits, reference)
+        terms = {"causal": Term((cost * asked).sum(), asked.sum())}
+        if likelihood.anchor:
+            weight = likelihood.anchored(batch.get("progress", 0.0))
+            terms["anchor"] = Term((likelihood.anchor(logits, reference) * asked).sum(), asked.sum(), weight)
         return terms

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headwater.model import Model
 from headwater.objectives.causal import Causal
 from headwater.objectives.guide import Guide, Source
-from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, wide
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, at, cross_entropy, wide
 from headwater.objectives.wrapped import Wrapped
 
 Match = Literal["kl", "cross_entropy", "squared"]
@@ -122,7 +122,7 @@ class Distilled(Wrapped):
         inner: Any = self.inner
         w = at(self.weight, batch.get("progress", 0.0))
         logits, asked, answer = inner.predict(model, batch), batch["asked"], batch["answer"]
-        truth = inner.likelihood.cost(logits, batch[inner.modality]._replace(x=answer), batch)
+        truth = inner.likelihood.cost(-cross_entropy(logits, answer), batch[inner.modality]._replace(x=answer), batch)
         if w == 0:
             return {"distilled": Term((truth * asked).sum(), asked.sum())}
         distance, doubt = self._listen(logits, batch)

@@ -8,7 +8,7 @@ token by what is known of it; an anchor holds the model near a reference. All of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,8 +18,11 @@ from torch.nn import functional as F
 from headwater import random
 from headwater.model import Model, Reader
 from headwater.objectives.objective import Batch, Schedule, at, wide
+from headwater.objectives.tiled_likelihood import log_probabilities
 from headwater.teacher import Teacher
 from headwater.tokens import Tokens
+
+Unembed = Callable[[Tensor], Tensor]  # vectors (T, D) -> logits (T, V), each token alone
 
 
 class Shape:
@@ -231,11 +234,6 @@ class Soft:
         return (1 - share) * cost + share * divergence(reference, logits)
 
 
-def log_probability(logits: Tensor, answer: Tensor) -> Tensor:
-    """log p of the answers: (B, N, V), (B, N) ids -> (B, N)."""
-    return -F.cross_entropy(wide(logits).flatten(0, 1), answer.flatten(), reduction="none").view(answer.shape)
-
-
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats of two sets of logits: (..., V), (..., V) -> (...)."""
     p, q = wide(p).log_softmax(-1), wide(q).log_softmax(-1)
@@ -283,13 +281,27 @@ class Likelihood:
         """(B, N) True = real, and asked for. raw.x: (B, N) ids."""
         return raw.real() if self.drop is None else raw.real() & self.drop.keeps(raw)
 
-    def cost(self, logits: Tensor, tokens: Tokens, batch: Batch, reference: Tensor | None = None) -> Tensor:
-        """(B, N) of logits (B, N, V), the right answers as tokens, and the reference's logits (B, N, V) if `soft` is there."""
-        answers = Answers(log_probability(logits, tokens.x), tokens, batch)
-        cost = self.shape(answers.log_p)
+    @property
+    def plain(self) -> bool:
+        """True = each answer that is asked for costs -log p."""
+        return type(self.shape) is Shape and not self.weights and self.anchor is None and self.soft is None
+
+    def cost(self, log_p: Tensor, tokens: Tokens, batch: Batch) -> Tensor:
+        """(B, N) of the log-probabilities (B, N) of the right answers, which are `tokens`."""
+        answers = Answers(log_p, tokens, batch)
+        cost = self.shape(log_p)
         for weighing in self.weights:
             cost = weighing(cost, answers)
-        return cost if self.soft is None or reference is None else self.soft(cost, logits, reference)
+        return cost
+
+    def score(self, unembed: Unembed, x: Tensor, answer: Tokens, asked: Tensor, batch: Batch) -> Tensor:
+        """What each answer costs where it is asked for, elsewhere 0, (B, N); logits never exist as a whole.
+
+        x: (B, N, D) of which `unembed` makes logits; answer: the right ids (B, N); asked: (B, N).
+        """
+        found = log_probabilities(unembed, x[asked], answer.x[asked], self.plain)
+        log_p = found.new_zeros(asked.shape).index_put((asked.nonzero(as_tuple=True)), found)
+        return self.cost(log_p, answer, batch) * asked
 
     def anchored(self, progress: float) -> float:
         """Weight of the anchor at this share of the run."""

@@ -254,15 +254,15 @@ class Masked(Objective):
             here = {key: None if field is None else at_index(field, index) for key, field in whole.items()}
             asked = Asked(raw, batch["seeds"][name], here["embedded"], here["seen"], batch.get("progress", 0.0))
             wanted, extra = target.answer(asked)
-            found[name] = self._score(name, self.out[name](x), raw._replace(x=wanted), batch), extra
+            found[name] = self._score(name, x, raw._replace(x=wanted), batch), extra
         return found
 
-    def _score(self, name: str, predicted: Tensor, wanted: Tokens, batch: Batch) -> Tensor:
-        """(B, K)."""
+    def _score(self, name: str, x: Tensor, wanted: Tokens, batch: Batch) -> Tensor:
+        """(B, K) of the vectors (B, K, D) that answer."""
         loss = self.loss[name]
         if loss == "likelihood":
-            return self.likelihood.cost(predicted, wanted, batch)
-        predicted = wide(predicted)
+            return self.likelihood.score(self.out[name], x, wanted, wanted.real(), batch)
+        predicted = wide(self.out[name](x))
         return select(predicted, wanted, self.temperature) if loss == "select" else error(loss, predicted, wanted.x)
 
 

@@ -5,7 +5,8 @@ from torch.testing import assert_close
 
 from headwater.modalities import Image, Text
 from headwater.model import Model
-from headwater.objectives.causal import Causal, shift
+from headwater.objectives.causal import Causal
+from headwater.sequence import shift
 from headwater.tokens import Tokens
 
 

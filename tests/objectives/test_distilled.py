@@ -61,7 +61,7 @@ def test_without_weight_it_is_next_token_prediction_and_no_teacher_is_asked():
     task = objective.task(given(model) | {"progress": 1.0})
     base = objective.inner(model, task)["causal"]
     term = objective(model, task)["distilled"]
-    assert torch.equal(term.total, base.total)
+    assert_close(term.total, base.total)
     assert term.number == base.number
     weights = [p for p in model.parameters() if p.requires_grad]
     both = (torch.autograd.grad(t.total, weights, allow_unused=True) for t in (term, base))

@@ -62,11 +62,16 @@ def example(rows=2, length=5, vocab=6):
     return logits, Tokens(ids, torch.arange(length).expand(rows, length)[..., None])
 
 
+def scored(likelihood, logits, tokens, batch=None):
+    """The costs (B, N) where the vectors are the logits."""
+    return likelihood.score(lambda x: x, logits, tokens, tokens.real(), batch or {})
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_equals_its_closed_form_with_its_gradient(name):
     shape, f, slope = SHAPES[name]
     logits, tokens = example()
-    cost = Likelihood(shape).cost(logits, tokens, {})
+    cost = scored(Likelihood(shape), logits, tokens)
     (grad,) = torch.autograd.grad(cost.sum(), logits)
     for b in range(2):
         for n in range(5):
@@ -87,7 +92,7 @@ def test_certain_answers_are_finite_and_still_unlearned():
     logits = torch.tensor([[[60.0, 0.0, 0.0]]], requires_grad=True)
     tokens = Tokens(torch.tensor([[0]]), torch.zeros(1, 1, 1, dtype=torch.int64))
     for shape in (Unlikelihood(), Focal(0.5)):
-        assert Likelihood(shape).cost(logits, tokens, {}).isfinite().all()
+        assert scored(Likelihood(shape), logits, tokens).isfinite().all()
     log_p = torch.zeros(1, requires_grad=True)  # p = 1, as float32 rounds it
     (slope,) = torch.autograd.grad(Unlikelihood()(log_p).sum(), log_p)
     assert slope.isfinite()
@@ -96,7 +101,7 @@ def test_certain_answers_are_finite_and_still_unlearned():
 
 def test_confidence_is_the_likelihood_times_a_constant_probability():
     logits, tokens = example()
-    cost = Likelihood(weights=[Confidence(0.5)]).cost(logits, tokens, {})
+    cost = scored(Likelihood(weights=[Confidence(0.5)]), logits, tokens)
     log_p = logits.log_softmax(-1).gather(-1, tokens.x[..., None])[..., 0]
     assert_close(cost, -(log_p.detach().exp() ** 0.5) * log_p)
     a, b = (torch.autograd.grad(c.sum(), logits, retain_graph=True)[0] for c in (cost, -(log_p.detach().exp() ** 0.5) * log_p))
@@ -186,7 +191,7 @@ def test_rewards_weigh_tokens_as_their_rule_says(rule):
     label = Tokens(torch.tensor([[[0.1], [4.0]], [[-5.0], [0.0]]]), torch.tensor([[0, 2], [1, 4]])[..., None])
     label = label._replace(valid=torch.tensor([[True, True], [True, False]]))
     rewards = [[0.1, 0.1, 4.0, 4.0, 4.0], [None, -5.0, -5.0, -5.0, -5.0]]
-    cost = Likelihood(weights=[weighing]).cost(logits, tokens, {"reward": label})
+    cost = scored(Likelihood(weights=[weighing]), logits, tokens, {"reward": label})
     expected = torch.zeros(2, 5, dtype=torch.float64)
     for b in range(2):
         for n in range(5):
@@ -208,7 +213,7 @@ def test_bad_segments_are_unlearned_where_plain_likelihood_learns_them():
         tokens = Tokens(ids, torch.arange(10)[None, :, None])
         for _ in range(300):
             step.zero_grad()
-            Likelihood(weights=weights).cost(logits.expand(1, 10, 4), tokens, {"reward": label}).mean().backward()
+            scored(Likelihood(weights=weights), logits.expand(1, 10, 4), tokens, {"reward": label}).mean().backward()
             step.step()
         bad[rule] = float(logits.softmax(-1)[0, 0, 1])
     assert bad.pop(None) > 0.25
@@ -238,7 +243,7 @@ def test_an_anchor_is_the_divergence_from_the_reference_scaled_by_its_sureness()
 def test_soft_answers_count_only_where_the_reference_is_unsure():
     logits, tokens = example()
     reference = torch.randn(2, 5, 6, dtype=torch.float64) * torch.tensor([[0.1], [0.1], [9.0], [9.0], [9.0]])
-    cost = Likelihood(soft=Soft(0.3, threshold=1.0)).cost(logits, tokens, {}, reference)
+    cost = Soft(0.3, threshold=1.0)(scored(Likelihood(), logits, tokens), logits, reference)
     sides = set()
     for b in range(2):
         for n in range(5):
