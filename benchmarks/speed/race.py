@@ -16,14 +16,16 @@ Step = Callable[[], Tensor]  # one optimizer step, which returns its loss
 OURS = "headwater"
 
 
-def stepping(trained: Pretrainer, batch: Batch, optimizer: torch.optim.Optimizer) -> Step:
-    """What a Pretrainer does in a step: hide, count, ask, backward, update."""
+def stepping(trained: Pretrainer, batch: Batch, optimizer: torch.optim.Optimizer, clip: float = 0.0) -> Step:
+    """What a Pretrainer does in a step: hide, count, ask, backward, update. clip: largest norm of the gradient, 0 = no bound."""
 
     def step() -> Tensor:
         optimizer.zero_grad()
         task = trained.hide(batch)
         loss = weighted_sum(trained.ask(task), count([trained.objective.numbers(task)]), 1)
         loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), clip)
         optimizer.step()
         trained.objective.after_step(trained.backbone, 0.0)
         return loss.detach()
