@@ -59,9 +59,9 @@ def opened(t: Tokens, at: Turn, asked: Tensor, start: int | None) -> tuple[Token
     Each place holds the value before it in its span, the first one `start`, or zeros for vectors. The one behind a span asks for
     nothing; it lies one further along coordinate 0, at zero of the others. asked: (B, N) True = count this token.
     """
-    before = F.pad(t.x, (1, 0) if t.x.ndim == 2 else (0, 0, 1, 0))[:, :-1]
+    value = F.pad(t.x, (1, 0) if t.x.ndim == 2 else (0, 0, 1, 0))[:, :-1]
     first = at.first if t.x.ndim == 2 else at.first[..., None]
-    held = torch.where(first, torch.zeros_like(before) if start is None else start, before)
+    held = torch.where(first, torch.zeros_like(value) if start is None else start, value)
     behind = F.pad(t.position[..., :1] + 1, (0, t.position.shape[-1] - 1))
 
     def both(a: Tensor, b: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class ShardDataset(IterableDataset):
 
     def __init__(self, plan: Plan, rank: int = 0, world: int = 1, first: int = 0, steps: int | None = None) -> None:
         self.plan, self.rank, self.world, self.first, self.steps = plan, rank, world, first, steps
+        self.joins = plan.arrange is not None and plan.arrange.join
         self.closing = torch.zeros((), dtype=torch.bool).share_memory_()  # the main process exits
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -41,7 +42,7 @@ class ShardDataset(IterableDataset):
         rows = None
         if mine.rows is not None:
             rows = [[document[0] for document in row] for row in mine.rows]
-            for document in (d for row in mine.rows for d in row if len(d) > 1):
+            for document in (d for row in mine.rows for d in row if self.joins):  # those of one sample too: all have an order
                 samples[document[0]] = join([samples[s] for s in document])  # it bears the number and seed of its first sample
         present = [name for name in names if any(name in sample for sample in samples)]
         batch: dict[str, Any] = collate(samples, present, rows)
@@ -67,7 +68,7 @@ class ShardDataset(IterableDataset):
     def _nothing(self, sources: list[Any], name: str, rows: int) -> Any:
         """Rows of a modality without one valid token; at least one row, for what cannot do without."""
         stand_in: Sample = {name: next(s for s in sources if name in s.readers).readers[name].example(1, 0)[0]}
-        filled = collate([stand_in] * max(1, rows), [name])[name]
+        filled = collate([join([stand_in]) if self.joins else stand_in] * max(1, rows), [name])[name]
         return filled._replace(valid=torch.zeros_like(filled.real()))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What was learnt: callbacks on frozen features that never touch the objective."""
 
+from headwater.evaluation.bits import Bits
 from headwater.evaluation.retrieval import Retrieval
 from headwater.evaluation.steps import NextStep
 
-__all__ = ["NextStep", "Retrieval"]
+__all__ = ["Bits", "NextStep", "Retrieval"]

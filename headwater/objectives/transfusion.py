@@ -17,7 +17,7 @@ from headwater.objectives.causal import Causal
 from headwater.objectives.flow import Flow, Times
 from headwater.objectives.likelihood import Likelihood
 from headwater.objectives.objective import Batch, Objective, Term, part
-from headwater.sequence import behind
+from headwater.sequence import behind, orders
 from headwater.turns import opened, turns
 
 
@@ -48,7 +48,7 @@ class Transfusion(Objective):
 
     Ids in front: they never see the vectors, and the vectors see them. Vectors in front, with less noise: the ids see them. Use
     encoders with `Trunk(depth=0)` and a deep JointTokens for one set of weights, and `Dropped` for guidance. To generate vectors
-    behind ids take `turns`; ids behind vectors are generated as after `Causal`.
+    behind ids take `layout="interleaved"`; ids behind vectors are generated as after `Causal`.
 
     Args:
         model: its fusion keeps order.
@@ -88,8 +88,9 @@ class Transfusion(Objective):
         raw, noisy = batch[self.ids], self.flow.task(batch)
         late = behind(noisy[self.vectors])
         front = turned(batch["seed"], self.first)[late.sample()]
-        placed = late._replace(order=torch.where(front, 0, late.order))
-        words, answers = opened(raw, *turns([raw]), self.next.likelihood.keeps(raw), self.next.start_id)
+        placed = late._replace(order=torch.where(front, 0, orders(late)))
+        (at,) = turns([raw])
+        words, answers = opened(raw, at, self.next.likelihood.keeps(raw), self.next.start_id)
         return {**noisy, self.vectors: placed, self.ids: words, "answer": answers.x, "asked": answers.real()}
 
     def numbers(self, batch: Batch) -> dict[str, Tensor]:
