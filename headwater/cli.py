@@ -30,6 +30,10 @@ COMMANDS = {
         "headwater.tools.export:export",
         "Write a backbone as timm, open_clip or transformers load it, and prove that they do",
     ),
+    "generate": (
+        "headwater.tools.generate:generate",
+        "Make texts, pictures, sounds, films or actions with a backbone, given others or their own beginning",
+    ),
     "recipes": ("headwater.tools.recipes:recipes", "List the recipes that ship with the package"),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headwater.attention import Route, attend
-from headwater.cache import Cache
+from headwater.cache import Kept
 from headwater.init import BRANCH, ONE, ZERO, Rule, constant
 from headwater.position import rotate
 
@@ -81,9 +81,9 @@ class Attention(nn.Module):
         return {"qkv.weight": BRANCH, "proj.weight": BRANCH}
 
     def forward(
-        self, x: Tensor, route: Route, turn: Turn | None, past: tuple[Cache, int] | None = None, first: int | None = None
+        self, x: Tensor, route: Route, turn: Turn | None, past: tuple[Kept, int] | None = None, first: int | None = None
     ) -> Tensor:
-        """turn: cosine and sine of rotary positions, or None. past: a cache and the number of this block in it.
+        """turn: cosine and sine of rotary positions, or None. past: what its trunk keeps, and the number of this block in it.
 
         first: only so many of the tokens ask, and have an answer; None = all.
         """
@@ -190,7 +190,7 @@ class Block(nn.Module):
         route: Route,
         turn: Turn | None = None,
         condition: Tensor | None = None,
-        past: tuple[Cache, int] | None = None,
+        past: tuple[Kept, int] | None = None,
         keep: Tensor | None = None,
         first: int | None = None,
     ) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headwater.attention import plan
-from headwater.cache import Cache
+from headwater.attention import Route, plan
+from headwater.cache import Kept, current
 from headwater.init import TABLE, Rule, initialise
 from headwater.layers import Activation, Attention, Bias, Block, Mlp, NormKind, Turn, make_norm
 from headwater.position import NAMED, Position
@@ -107,31 +107,31 @@ class Trunk(nn.Module, Described):
         t: Tokens,
         causal: bool = False,
         condition: Tensor | None = None,
-        cache: Cache | None = None,
         first: int | None = None,
     ) -> Tokens:
         """t.x: (B, N, D); condition: (B, N or 1, D). Tokens that are not valid come out finite and mean nothing.
 
-        cache: what generation keeps between calls; t then holds only the tokens that are new. first: only so many of the tokens
-        are wanted and come back, the same as without it; the last block does no more for the others than that they are seen.
+        first: only so many of the tokens are wanted and come back, the same as without it; the last block does no more for the
+        others than that they are seen. Causal passes within a Cache are given only the tokens that are new.
         """
         if condition is not None and not self.conditional:
             raise ValueError("this trunk was built without conditioning, but a condition came in; set `conditional: true` on it")
         length, t = t.x.shape[1], self.placed(t)
-        if self.registers is not None:
-            t = self._register(t, cache)
+        cache = current() if causal else None
+        memory = None if cache is None else cache.of(self)
+        if self.registers is not None and (memory is None or memory.seen is None):  # no given token sees them: once is enough
+            t = append(t, self.registers)
             if condition is not None and condition.shape[1] > 1:
                 condition = F.pad(condition, (0, 0, 0, t.x.shape[1] - length))
-        t, keys = (t, t) if cache is None else cache.extend(t)
-        turn = self.turn(t)
-        route = plan(attention_mask(t, keys, causal), t.x, self.heads, self.position.bias(t, keys))
+        t, keys = (t, t) if memory is None else memory.extend(t)
+        turn, route = self.turn(t), self._route(t, keys, causal, memory)
         condition = None if condition is None else condition.to(t.x.dtype)
         x, keep = self.norm_pre(t.x), self.kept(t)
         if first is not None:
             t = t.map(lambda field: field[:, :first])
-        final = route if first is None else plan(attention_mask(t, keys, causal), x, self.heads, self.position.bias(t, keys))
+        final = route if first is None else self._route(t, keys, causal, memory)
         for number, block in enumerate(self.blocks):
-            past, last = None if cache is None else (cache, number), number == len(self.blocks) - 1
+            past, last = None if memory is None else (memory, number), number == len(self.blocks) - 1
             way = (final, first) if last else (route, None)
             x = block(x, way[0], turn, condition, past, None if keep is None else keep[number], way[1])
         return t._replace(x=self.norm(x[:, :first]))
@@ -150,10 +150,10 @@ class Trunk(nn.Module, Described):
         angle = angle if t.order is None else angle * t.given()[:, None, :, None]
         return angle.cos(), angle.sin()
 
-    def _register(self, t: Tokens, cache: Cache | None) -> Tokens:
-        if cache is not None:
-            raise ValueError("found a cache on a trunk with registers; they stand behind all tokens, so none can follow them")
-        return append(t, self.registers)  # type: ignore[arg-type]
+    def _route(self, t: Tokens, keys: Tokens, causal: bool, memory: Kept | None) -> Route:
+        """How t attends to keys. The few new tokens of a cached pass have a dense mask: it is small, and never the same twice."""
+        mask, bias = attention_mask(t, keys, causal), self.position.bias(t, keys)
+        return plan(mask, t.x, self.heads, bias) if memory is None or bias is not None else Route(mask=mask.dense)
 
     def kept(self, t: Tokens) -> Tensor | None:
         """(depth, 2, B, N or 1, 1) 0 = the sample skips this branch, else 1 / (1 - rate); None outside of training."""

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from headwater.attention import plan
-from headwater.cache import Cache
 from headwater.init import initialise
 from headwater.layers import Attention, Block, Mlp, make_norm
 from headwater.position import Alibi, Learned, rotary, sincos
@@ -205,35 +204,6 @@ def test_the_future_is_hidden_under_every_option(name):
     for i in range(5, y.shape[1]):  # registers see everything
         (grad,) = torch.autograd.grad(y[:, i].pow(3).sum(), x, retain_graph=True)
         assert grad.abs().sum(-1).all()
-
-
-@pytest.mark.parametrize("name", [n for n in OPTIONS if "registers" not in OPTIONS[n]])
-def test_a_cache_gives_what_one_pass_gives(name):
-    trunk = loud(name) if "per axis" not in name else loud("plain")
-    t = tokens(n=7)
-    t = t._replace(x=t.x.double(), position=torch.arange(7)[None, :, None].expand(2, -1, -1))
-    whole, cache = trunk(t, causal=True).x, Cache()
-    for start, end in ((0, 3), (3, 4), (4, 6), (6, 7)):
-        piece = trunk(t.map(lambda f, a=start, b=end: f[:, a:b]), causal=True, cache=cache).x
-        assert_close(piece, whole[:, start:end])
-    assert len(cache.layers) == 2
-
-
-def test_a_cache_keeps_prefixes_and_padding():
-    trunk, t = loud("plain"), tokens(n=6)
-    order = torch.tensor([0, 0, 0, 3, 4, 5]).expand(2, -1)
-    valid = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]).bool()
-    t = t._replace(x=t.x.double(), order=order, valid=valid)
-    whole, cache = trunk(t, causal=True).x, Cache()
-    pieces = [trunk(t.map(lambda f, a=a, b=b: f[:, a:b]), causal=True, cache=cache).x for a, b in ((0, 4), (4, 5), (5, 6))]
-    assert_close(torch.cat(pieces, 1)[valid], whole[valid])
-
-
-def test_a_cache_refuses_what_it_cannot_keep():
-    with pytest.raises(ValueError, match="registers"):
-        loud("registers")(tokens()._replace(x=torch.zeros(2, 5, 16).double()), cache=Cache())
-    with pytest.raises(ValueError, match="packed"):
-        Trunk(16, 1)(tokens(document=torch.zeros(2, 5).long()), cache=Cache())
 
 
 def test_branches_are_what_their_papers_write():

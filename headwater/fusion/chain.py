@@ -39,6 +39,7 @@ class Chain(Fusion):
                     f"{last if final else None}: only the last of a chain may have one, and `last` of the chain names the same"
                 )
         self.fusions, self.last, self.keeps_order = nn.ModuleList(made), last, all(fusion.keeps_order for fusion in made)
+        self.cacheable = all(fusion.cacheable for fusion in made)
         self.spec["init_args"]["fusions"] = [plain(fusion) for fusion in made]  # makers are no plain data
 
     def forward(self, parts: dict[str, Tokens], causal: bool = False) -> dict[str, Tokens]:

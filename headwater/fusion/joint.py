@@ -88,6 +88,8 @@ class JointTokens(Fusion):
             None = all see all. Causal passes are refused, because there `order` alone says what may see what.
     """
 
+    cacheable = True
+
     def __init__(self, widths: dict[str, int], trunk: Trunk | None = None, levels: dict[str, int] | None = None) -> None:
         super().__init__(widths)
         trunk = trunk or Trunk(max(widths.values()), depth=2)

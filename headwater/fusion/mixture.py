@@ -114,6 +114,8 @@ class MixtureOfTransformers(JointTokens):
         separate: "all" layers, or only "mlp", the feed-forward layers with their norm, under shared attention.
     """
 
+    cacheable = False
+
     def __init__(self, widths: dict[str, int], trunk: Trunk | None = None, separate: Literal["all", "mlp"] = "all") -> None:
         super().__init__(widths, trunk)
         by_column(self.trunk)

@@ -50,6 +50,8 @@ class Resampler(Fusion):
         into: the key of the result. With the name of a modality it takes that one's place.
     """
 
+    cacheable = True
+
     def __init__(
         self,
         widths: dict[str, int],

@@ -126,6 +126,7 @@ class Routed(JointTokens):
         for block in chosen:
             width = self.trunk.width
             block.mlp = Experts(block.mlp, width, experts, top, shared) if skills is None else Skills(block.mlp, skills)
+        self.cacheable = skills is None
         if skills is None:
             self.routing: list[Routing] | None = None  # opened by an objective; each forward pass adds one per router
         else:

@@ -153,6 +153,14 @@ class ActionTokensReader(ActionReader):
         """An upper bound: absent slots and frequent patterns make it less."""
         return self.codec.most(min(int(facts["steps"]), self.steps), self.slots) if "steps" in facts else None
 
+    def blank(self) -> Tokens:
+        """As many steps as are read, with every slot."""
+        if isinstance(self.codec, Fast):
+            raise NotImplementedError("FAST makes as many ids of a chunk as its moves need; take bins or words to generate actions")
+        one = self.codec.encode(np.zeros((1, self.slots), np.float32))[1]  # all steps have as many ids
+        at = torch.from_numpy(np.concatenate([one + [step, 0] for step in range(self.steps)]).astype(np.int32))
+        return self.canvas(at, at[:, 0].long())
+
     def restore(self, t: Tokens, robot: str = "") -> np.ndarray:
         real = t.real()[0]
         ids, at = (field[0][real].cpu().numpy() for field in (t.x, t.position))

@@ -75,6 +75,10 @@ class Category(Label):
         names = [*self.classes]
         return [names[k] for k in t.x[0][t.real()[0]].tolist()]
 
+    def blank(self) -> Tokens:
+        """One class, so that `generate` classifies."""
+        return self.canvas(torch.zeros(1, 1, dtype=torch.int32))
+
     def files(self) -> dict[str, Path]:
         return {"classes": Path(place(self._file))} if self._file else {}
 
@@ -107,6 +111,10 @@ class Categories(Label):
             raise ValueError(f"found {signal!r} in {self.field!r}; expected a list of names, or an object of name: number")
         given = signal if isinstance(signal, Mapping) else dict.fromkeys(map(str, signal), 1.0)
         return row([[float(given.get(name, 0.0)) for name in self.classes]], [0], self.features)
+
+    def blank(self) -> Tokens:
+        """One class, so that `generate` classifies."""
+        return self.canvas(torch.zeros(1, 1, dtype=torch.int32))
 
     def files(self) -> dict[str, Path]:
         return {"classes": Path(place(self._file))} if self._file else {}

@@ -67,6 +67,9 @@ class WaveReader(SoundReader):
     def prepare(self, t: Tokens) -> Tokens:
         return t._replace(x=t.x.to(torch.float32))
 
+    def blank(self) -> Tokens:
+        return self.canvas(grid(self.count(round(self.seconds * self.rate))))
+
     def restore(self, t: Tokens) -> np.ndarray:
         """The samples (T,), normalised or not; of two windows over the same samples the later one is heard."""
         x = t.x[0][t.real()[0]]
