@@ -105,6 +105,8 @@ class Clusters(Target):
             raise ValueError(f"found centres {tuple(centres.shape)} for {modality}; expected (2 or more, {features})")
         self.size, self.layer, self.seed = len(centres), layer, seed
         self.tower: Any = None if tower is None else Teacher(tower)
+        if tower is not None:
+            self.tower.settled = True  # what was trained before is not drawn anew when training starts
         self.given = file is not None
         self.register_buffer("centres", centres)
         self.register_buffer("fitted", torch.tensor(self.given))

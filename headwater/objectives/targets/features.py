@@ -126,6 +126,7 @@ class Features(Target):
             raise ValueError(f"found momentum {at(momentum, 0.0)}; expected 0 to 1, for example 0.999")
         self.size, self.own, self.top, self.norm, self.momentum = encoder.width, tower is None, top, norm, momentum
         self.teacher: Any = Teacher(encoder)
+        self.settled = tower is not None  # what was trained before is not drawn anew when training starts
 
     def start(self, model: Model) -> None:
         if self.own:
