@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from headwater.hub.card import model_of
+from headwater.modalities import Action, Text
+from headwater.model import Model
 from headwater.process import Process
 from headwater.spec import build
+from headwater.trunk import Trunk
 
 PATHS = ("rectified", "cosine", "linear")
 KINDS = ("velocity", "noise", "signal", "v")
@@ -124,6 +128,17 @@ def test_at_the_ends_of_its_times_everything_is_finite(path, kind):
 def test_it_is_made_again_from_its_spec():
     made = build(Process("cosine", "v", ["label"]).spec)
     assert (made.path, made.predicts, made.told) == ("cosine", "v", ("label",))
+
+
+def test_it_travels_with_the_model(tmp_path):
+    encoders = {"action": Action(Trunk(16, 1, 2), slots=2), "text": Text(Trunk(16, 1, 2))}
+    model = Model(encoders, processes={"action": Process("cosine", "noise", ["text"])})
+    again = model_of(model.spec, tmp_path).process("action")
+    assert (again.path, again.predicts, again.told) == ("cosine", "noise", ("text",))
+    assert model.only(["action", "text"]).processes == model.processes
+    assert model.only(["text"]).processes == {}  # without what it is told it is no more
+    assert (model.process("text").path, model.process("text").predicts) == ("rectified", "velocity")
+    assert model.process("action@view") is model.processes["action"]
 
 
 def test_unknown_names_are_refused():

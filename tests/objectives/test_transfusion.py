@@ -1,12 +1,21 @@
+from functools import partial
+
 import pytest
 import torch
 from contracts import cases
 from torch.testing import assert_close
 
+from headwater.fusion import JointTokens
+from headwater.generation import generate
+from headwater.hub.backbone import Backbone
+from headwater.modalities import Image, Text
+from headwater.model import Model
 from headwater.objectives import Causal, Flow, Transfusion
 from headwater.objectives.likelihood import Anchor, Likelihood
 from headwater.objectives.objective import part
 from headwater.objectives.transfusion import turned
+from headwater.process import Process
+from headwater.trunk import Trunk
 
 
 def made(**options):
@@ -94,3 +103,23 @@ def test_the_flow_is_weighed():
 def test_what_cannot_work_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         made(**options)
+
+
+def test_what_was_learned_by_heart_is_painted_and_written():
+    torch.manual_seed(0)
+    encoders = {"text": Text(Trunk(64, 0, 2), length=8), "image": Image(Trunk(64, 0, 2), 8, 4)}
+    model = Model(encoders, partial(JointTokens, trunk=Trunk(64, 2, 2)), processes={"image": Process(predicts="signal")})
+    objective, names = Transfusion(model, first=0.5, most=0.5), ["red", "blue"]
+    colours = [torch.tensor(c, dtype=torch.uint8).expand(8, 8, 3).numpy() for c in ([250, 20, 20], [20, 20, 250])]
+    batch = {"text": names * 6, "image": colours * 6}
+    prepared = Backbone(model, {}).batch(batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(160):
+        task = objective.task({**prepared, "seed": torch.arange(12) + 12 * step, "sample": torch.arange(12)})
+        optimizer.zero_grad()
+        sum(t.weight * t.total / t.number for t in objective(model, task).values()).backward()
+        optimizer.step()
+    painted = generate(model, "image", layout="interleaved", text=names, steps=8)
+    for found, wanted in zip(painted, colours, strict=True):
+        assert abs(found.astype(int) - wanted).mean() < 25
+    assert generate(model, "text", image=colours, temperature=0.0) == names
