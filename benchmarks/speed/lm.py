@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims.prose import prose
-from benchmarks.speed.race import OURS, Step, stepping
+from benchmarks.speed.race import OURS, stepping
 from benchmarks.speed.trunk import clock
 from headwater.hub.transformers_models import from_transformers
 from headwater.modalities.text import TextReader
@@ -75,7 +75,7 @@ def compare(kind: str, shape: dict[str, int], train: Tensor, test: Tensor, optio
     for number, batch in enumerate(train):
         rate = RATE * Cosine(0.05)((number + 1) / len(train))
         for name in list(rows) if number % 2 == 0 else list(rows)[::-1]:
-            seconds[name].append(clock(lambda name=name: rows[name](batch, rate), 1, "cpu"))  # type: ignore[misc]
+            seconds[name].append(clock(partial(rows[name], batch, rate), 1, "cpu"))
     used = seconds[OURS][1:], seconds[kind][1:]  # the first step only warms up
     speed = statistics.median(b / a for a, b in zip(*used, strict=True))
     bits = {OURS: our_bits(ours, test), kind: their_bits(theirs, test)}

@@ -158,7 +158,7 @@ class ActionTokensReader(ActionReader):
         if isinstance(self.codec, Fast):
             raise NotImplementedError("FAST makes as many ids of a chunk as its moves need; take bins or words to generate actions")
         one = self.codec.encode(np.zeros((1, self.slots), np.float32))[1]  # all steps have as many ids
-        at = torch.from_numpy(np.concatenate([one + [step, 0] for step in range(self.steps)]).astype(np.int32))
+        at = torch.from_numpy(np.concatenate([one + np.array([step, 0]) for step in range(self.steps)]).astype(np.int32))
         return self.canvas(at, at[:, 0].long())
 
     def restore(self, t: Tokens, robot: str = "") -> np.ndarray:

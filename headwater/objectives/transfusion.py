@@ -80,7 +80,9 @@ class Transfusion(Objective):
         self.next: Any = Causal(model, ids, [vectors], likelihood=likelihood)
         self.flow: Any = Flow(model, vectors, past=[ids], times=Cleaner(times or Times(), first, most))
         if self.next.reference is not None or self.flow.process.told:
-            raise ValueError("found a likelihood with a reference, or a process that is told something; here each model answers once")
+            raise ValueError(
+                "found a likelihood with a reference, or a process that is told something; here each model answers once"
+            )
         self.ids, self.vectors, self.first, self.weight = ids, vectors, first, weight
         self.needs = tuple(dict.fromkeys((*self.next.needs, *self.flow.needs)))
 

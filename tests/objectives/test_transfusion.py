@@ -74,7 +74,7 @@ def test_what_comes_later_never_reaches_what_comes_before(first):
 
 
 def test_the_share_that_begins_with_the_picture():
-    model, objective, batch = made(first=0.3, most=0.4)
+    _, objective, batch = made(first=0.3, most=0.4)
     seeds = torch.arange(20_000)
     front, time = turned(seeds, 0.3), objective.flow.times(seeds, "flow/time")
     assert abs(front.float().mean() - 0.3) < 0.01
