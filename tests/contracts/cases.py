@@ -14,7 +14,10 @@ import torch
 from headwater import fusion, modalities, objectives, random
 from headwater.datamodules.collate import collate
 from headwater.datamodules.plan import pack
+from headwater.modalities.bottlenecks import FSQ, KL, VQ, Gumbel, Plain
 from headwater.modalities.label import Numbers
+from headwater.modalities.record_turns import Template
+from headwater.modalities.record_values import Binned, Choice, FreeText
 from headwater.model import Encoder, Model
 from headwater.objectives import (
     Balanced,
@@ -41,15 +44,19 @@ from headwater.objectives.contrast.positives import Alike, SameLabel
 from headwater.objectives.contrast.scores import Cosine
 from headwater.objectives.contrast.soft_positives import Momentum, Nearest, NoiseAware
 from headwater.objectives.contrast.token_sets import LateInteraction, Transport
+from headwater.objectives.flow import Times
 from headwater.objectives.likelihood import Anchor, Confidence, HashDrop, Likelihood, Rewarded, Soft, Tempered
 from headwater.objectives.masks.policies import Blocks, Spans, Suffix, Uniform, Units, Words
 from headwater.objectives.masks.salient import Salient
+from headwater.objectives.noise import Delete, GapSentences, Prefix, Reconstruction, Replace, Shuffle, SpanCorruption
+from headwater.objectives.reconstructed import Adversary, Perceptual
 from headwater.objectives.replaced import AnyId, Elsewhere, Unigram
 from headwater.objectives.self_distillation import Hidden
 from headwater.objectives.targets.codes import Clusters, Quantiser, RandomProjection
 from headwater.objectives.targets.features import Features
 from headwater.objectives.targets.target import Places, Values
 from headwater.objectives.weighted import Alternate, Draw
+from headwater.process import Process
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
 
@@ -79,6 +86,9 @@ def deeper(t):
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
+KINDS = {"what": FreeText(), "size": Binned(bins=4), "kind": Choice(["near", "far"])}
+ANSWERS = Template("{what}\nHow?", "{size} {kind}", KINDS)
+
 # encoders: name -> function of a trunk
 robotic = (modalities.Action, modalities.ActionTokens, modalities.State)  # want to know the size
 plain = [cls for cls in exports(modalities) if issubclass(cls, Encoder) and small(cls, None) and cls not in robotic]
@@ -91,12 +101,26 @@ ENCODERS = {cls.__name__: partial(lambda cls, t: small(cls, t)(), cls) for cls i
     "ActionTokens words": lambda t: modalities.ActionTokens(t, "words", slots=2),
     "State": lambda t: modalities.State(t, slots=3),
     "Audio patches": lambda t: modalities.Audio(t, bands=4, frames=4, height=2),
+    "Autoencoder": lambda t: modalities.Autoencoder(modalities.Image(t, 16, 8), VQ(16, 4), trunk(12)),
+    "Autoencoder residual": lambda t: modalities.Autoencoder(
+        modalities.Action(t, slots=3), VQ(8, 4, 2, normalise=False, decay=0.9), trunk(12), causal=True
+    ),
+    "Tokenised": lambda t: modalities.Tokenised(
+        modalities.Autoencoder(modalities.Image(trunk(), 16, 8), FSQ((5, 4)), trunk(12)), t
+    ),
+    "Tokenised residual": lambda t: modalities.Tokenised(
+        modalities.Autoencoder(modalities.Video(trunk(), 16, 8, frames=4), VQ(8, 4, 2, normalise=False), trunk(12)), t
+    ),
+    "Tokenised vectors": lambda t: modalities.Tokenised(
+        modalities.Autoencoder(modalities.Series(trunk(), channels=3, steps=4), KL(4), trunk(12)), t
+    ),
     "Codec flatten": lambda t: modalities.Codec(t, codebooks=3, size=16, pattern="flatten"),
     "Graph": lambda t: modalities.Graph(t, node_features=2, edge_features=1),
     "Graph directed": lambda t: modalities.Graph(t, node_features=1, nodes=24, directed=True),
     "Image native": lambda t: modalities.Image(t, 24, 8, "native"),
     "Points": lambda t: modalities.Points(t, groups=6, neighbours=4),
     "Points extra": lambda t: modalities.Points(t, groups=4, neighbours=8, extra=1),
+    "Records": lambda t: modalities.Records(t, ANSWERS, length=64),
     "Series": lambda t: modalities.Series(t, channels=3, steps=4),
     "Series joint": lambda t: modalities.Series(t, channels=2, steps=4, joint=True, scale=2.0),
     "Spectral": lambda t: modalities.Spectral(t, [100.0, 50.0, 7.0], [30.0, 20.0, 2.0], [[0, 2], [1]], 16, 8),
@@ -151,6 +175,25 @@ OBJECTIVES = {
     "Causal rewarded": lambda model: Causal(
         model, likelihood=Likelihood(weights=[Rewarded(Numbers(["reward"]), beta=4.0, label="label")])
     ),
+    "Conditioned": partial(objectives.Conditioned, reader=modalities.Facts(["a", "b"]), rate=0.7, label="label"),
+    "Conditioned pair": partial(
+        objectives.Conditioned,
+        reader=modalities.Facts(["a"]),
+        inner=partial(Contrastive, a="text", b="image"),
+        rate=0.5,
+        label="label",
+    ),
+    "MultiToken": partial(objectives.MultiToken, weights=(0.3, 0.1)),
+    "MultiToken chained": partial(objectives.MultiToken, prefix=["image"], weights=(0.3, lambda _: 0.1), chained=True),
+    "MultiToken vectors": partial(objectives.MultiToken, modality="audio", chained=True),
+    "Registers": partial(objectives.Registers, prefix=["image"], farthest=3, share=0.8),
+    "Registers vectors": partial(objectives.Registers, modality="video", context=["action"], farthest=2),
+    "Prefixed": partial(objectives.Prefixed, inner=partial(Causal, prefix=["image"]), known=(0.1, 0.7)),
+    "Prefixed patches": partial(objectives.Prefixed, inner=partial(Causal, modality="image"), known=(0.2, 0.6)),
+    "Prefixed video": partial(objectives.Prefixed, inner=partial(Causal, modality="video", context=["action"])),
+    "Roles": lambda model: objectives.Roles(recorded(model)),
+    "Slots": partial(objectives.Slots, context=["video"], slots=2, passes=1),
+    "Slots pauses": partial(objectives.Slots, modality="audio", passes=0),
     "Contrastive sounds": partial(Contrastive, a="audio", b="video"),
     "Contrastive pairs": partial(
         Contrastive, pairs=[("image", "text", 1), ("text", "action", 0.5), ("image", "action", 2)], tile=12
@@ -176,7 +219,45 @@ OBJECTIVES = {
     "Contrastive nearest": partial(Contrastive, positives=partial(Nearest, k=2), queue=10),
     "Contrastive noise": partial(Contrastive, positives=partial(NoiseAware, warmup=1, toward="uniform")),
     "Contrastive past": partial(Contrastive, score=partial(Cosine, head=[6], norm="layer"), momentum=0.9, queue=10),
+    "Denoising": lambda model: objectives.Denoising(marked(model)),
+    "Denoising several": lambda model: objectives.Denoising(
+        marked(model),
+        denoisers={
+            "short": SpanCorruption(mode=0),
+            "words": SpanCorruption(0.5, policy=Words([32]), mode=1),
+            "prefix": Prefix((0.3, 1.0), mode=2),
+            "causal": Prefix((1.0, 1.0)),
+        },
+        shares={"prefix": lambda _: 2.0},
+        context=["image"],
+        places="blanks",
+    ),
+    "Denoising whole": lambda model: objectives.Denoising(
+        marked(model),
+        denoisers={"noise": Reconstruction(), "gap": GapSentences(ends=[32], size=2)},
+        likelihood=Likelihood(Tempered(0.5), drop=HashDrop(k=3, h=1)),
+    ),
+    "Denoising choices": partial(
+        objectives.Denoising,
+        modality="choice",
+        denoisers={"noise": Reconstruction([Delete(0.2), Shuffle(2), Replace(0.2)]), "prefix": Prefix()},
+        context=["video"],
+    ),
+    "Denoising into": lambda model: objectives.Denoising(
+        marked(model, "source"), denoisers={"spans": SpanCorruption(0.3, 2.0), "causal": Prefix((1.0, 1.0))}, into="source"
+    ),
+    "DiscreteDiffusion codes": lambda model: objectives.DiscreteDiffusion(coded(model, FSQ((5, 4))), "image", ["text"]),
+    "DiscreteDiffusion uniform": partial(objectives.DiscreteDiffusion, modality="choice", corruption="uniform", unroll=0.5),
+    "DiscreteDiffusion context": partial(
+        objectives.DiscreteDiffusion, context=["image"], schedule="cosine", weight="equal", unroll=1.0, fill=True
+    ),
     "Flow context": partial(Flow, modality="action", context=["text"]),
+    "Flow latents": lambda model: Flow(coded(model, KL(4)), context=["text"]),
+    "Flow v": lambda model: denoised(model, "image", Process("cosine", "v"), times=Times(None), most=5.0),
+    "Flow steps": lambda model: denoised(
+        model, "action", Process("linear", "noise"), context=["text"], past=["video"], each="step"
+    ),
+    "Flow told": lambda model: denoised(model, "audio", Process(predicts="signal", told=["choice"]), times=Times(0.5, 1.0, 3.0)),
     "Masked clusters": partial(Masked, modality="audio", ratio=0.4, width=16, target=partial(Clusters, size=4)),
     "Masked clusters of a tower": lambda model: Masked(
         model, "image", 0.4, "substitute", target=partial(Clusters, size=4, tower=trained("image"), layer=1)
@@ -221,6 +302,12 @@ OBJECTIVES = {
     "Masked places": partial(
         Masked, ratio=0.5, mode="locate", policy=Blocks(), target=partial(Places, cells=[1, 2, 2]), context=["text"]
     ),
+    "Interleaved both ways": partial(objectives.Interleaved, flip=0.5, weights={"image": 0.5}),
+    "Interleaved ordered": partial(
+        objectives.Interleaved,
+        modalities=["text", "video", "choice"],
+        likelihood=Likelihood(weights=[Rewarded(Numbers(["reward"]), "linear", label="label")], drop=HashDrop(k=3, h=1)),
+    ),
     "JointEmbedding": partial(objectives.JointEmbedding, projector=[16, 8]),
     "JointEmbedding gaussian": partial(
         objectives.JointEmbedding, modalities=["text"], terms={"invariance": 1, "gaussian": 0.1}, views=3, projector=[8], slices=8
@@ -233,6 +320,23 @@ OBJECTIVES = {
     ),
     "Swapped": partial(objectives.Swapped, prototypes=4, temperature=0.3, entropy=0.2),
     "Swapped shared": partial(objectives.Swapped, a="audio@0", b="audio@1", prototypes=4, shared=True, entropy=0.2),
+    "Reconstructed": lambda model: objectives.Reconstructed(
+        squeezed(model, "image", VQ(8, 4)),
+        distance="absolute",
+        perceptual=lambda m, n: Perceptual(m, n, trained(n)),
+        adversary=partial(Adversary, trunk=trunk(8)),
+    ),
+    "Reconstructed moving": lambda model: objectives.Reconstructed(
+        squeezed(model, "audio", VQ(8, 4, 2, normalise=False, decay=0.8, revive=0.3), causal=True), "audio"
+    ),
+    "Reconstructed words": lambda model: objectives.Reconstructed(
+        squeezed(model, "text", FSQ((4, 3)), codes="registers", pooling="registers"), "text"
+    ),
+    "Reconstructed drawn": lambda model: objectives.Reconstructed(squeezed(model, "video", KL(4)), "video", weight=0.01),
+    "Reconstructed gumbel": lambda model: objectives.Reconstructed(squeezed(model, "action", Gumbel(6, 4)), "action"),
+    "Reconstructed frozen": lambda model: objectives.Reconstructed(
+        squeezed(model, "image", Plain(noise=0.2), frozen=True), "image"
+    ),
     "Regions views": partial(
         objectives.Regions,
         a="image@0",
@@ -373,6 +477,13 @@ def beside(model, modality, teacher, **options):
     return Weighted(model, parts)
 
 
+def squeezed(model, modality, bottleneck, **options):
+    """The model with an autoencoder around one of its encoders."""
+    encoder = model.encoders[modality]
+    model.encoders[modality] = modalities.Autoencoder(encoder, bottleneck, trunk(encoder.width), **options).double()
+    return model
+
+
 def other(**kinds):
     """A model to learn from: modality -> kind of encoder."""
     return Model({name: ENCODERS[kind](trunk(24)) for name, kind in kinds.items()}, space=12)
@@ -381,6 +492,33 @@ def other(**kinds):
 def trained(modality):
     """The encoder of another model, as a tower that was trained before."""
     return model(seed=5, fuse=None).encoder(modality)
+
+
+def coded(model, bottleneck):
+    """The model, which sees pictures as the codes of a tokeniser."""
+    tokeniser = modalities.Autoencoder(modalities.Image(trunk(), 16, 8), bottleneck, trunk(12))
+    model.encoders["image"] = modalities.Tokenised(tokeniser, trunk(conditional=True)).double()
+    return model
+
+
+def denoised(model, modality, process, **options):
+    """Flow along another path than the model's own; see Model.processes."""
+    model.processes[modality] = process
+    return Flow(model, modality, **options)
+
+
+def marked(model, source=None):
+    """The model with marks among the ids of its texts; source: the name of another encoder of such texts."""
+    for name in ("text", source) if source else ("text",):
+        model.encoders[name] = modalities.Text(trunk(24, registers=2), length=24, extra=12).double()
+    model.fusion = FUSIONS["JointTokens"]({name: encoder.width for name, encoder in model.encoders.items()}).double()
+    return model
+
+
+def recorded(model):
+    """The model with records in place of texts."""
+    model.encoders["text"] = ENCODERS["Records"](trunk(24, registers=2)).double()
+    return model
 
 
 def routed(model):
@@ -407,8 +545,15 @@ def objective(name, model, seed=0):
 
 def readers(model, objective):
     """Of every modality, of the views that the objective asks for, and of its labels."""
-    every = {**model.readers, **objective.readers}
+    every = {**{name: preparing(e) for name, e in model.encoders.items()}, **objective.readers}
     return every | {name: seen(every[name.partition("@")[0]], name, view) for name, view in objective.views.items()}
+
+
+def preparing(encoder):
+    """The reader of an encoder, which prepares as the encoder does."""
+    reader = copy.copy(encoder.reader)
+    reader.prepare = encoder.prepare
+    return reader
 
 
 def seen(reader, name, view):

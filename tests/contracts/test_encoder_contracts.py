@@ -26,7 +26,7 @@ def make(name, seed=0):
 
 def raw(encoder, n=5, packed=False):
     samples = [{"it": t} for t in encoder.reader.example(n, 0)]
-    return cases.batch({"it": encoder.reader}, samples, packed=packed)["it"]
+    return cases.batch({"it": cases.preparing(encoder)}, samples, packed=packed)["it"]
 
 
 def test_every_export_has_a_case():
@@ -114,7 +114,7 @@ def test_padded_and_packed_samples_are_encoded_as_if_alone(name, registers):
     samples = [{"it": t} for t in encoder.reader.example(5, 0)]
 
     def encode(numbers, packed=False, behind=0):
-        t = cases.batch({"it": encoder.reader}, samples, numbers, packed)["it"]
+        t = cases.batch({"it": cases.preparing(encoder)}, samples, numbers, packed)["it"]
         if behind:
             rubbish = t.map(lambda f: f[:, :1].expand(-1, behind, *f.shape[2:]))
             t = Tokens(*(None if f is None else torch.cat([f, g], 1) for f, g in zip(t, rubbish, strict=True)))

@@ -83,7 +83,7 @@ def make(name, seed=0):
 def parts(packed=False, padded=False):
     model = cases.model(fuse=None)
     batch = cases.batch(model.readers, cases.examples(model.readers, n=4), packed=packed)
-    return model.embed({name: pad(batch[name], model.readers[name]) if padded else batch[name] for name in WIDTHS})
+    return model.embed({name: pad(batch[name]) if padded else batch[name] for name in WIDTHS})
 
 
 def run(made, given, causal=False):

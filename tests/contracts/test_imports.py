@@ -8,8 +8,8 @@ import headwater
 
 ROOT = Path(headwater.__file__).parent
 LAYERS = [
-    {"tokens", "random", "view", "init", "distributed", "spec", "fused", "embedded"},
-    {"attention", "position", "cache"},
+    {"tokens", "random", "view", "init", "distributed", "spec", "fused", "embedded", "codes"},
+    {"attention", "position", "cache", "sequence", "process", "turns"},
     {"layers"},
     {"trunk", "teacher"},
     {"pooling"},

@@ -68,7 +68,14 @@ def test_every_fusion(ranks, fuse):
     check(ranks, fuse)
 
 
-STATEFUL = {"Contrastive momentum", "Contrastive past", "Contrastive views", "Masked features", "Masked quantiser"}
+STATEFUL = {
+    "Contrastive momentum",
+    "Contrastive past",
+    "Contrastive views",
+    "Masked features",
+    "Masked quantiser",
+    "Reconstructed moving",
+}
 FIRST = {name.split()[0]: name for name in reversed(cases.OBJECTIVES)}  # one case of every class
 
 
