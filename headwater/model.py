@@ -335,7 +335,8 @@ class Model(nn.Module):
 
         time: (B, N) from 0, the signal, to 1, the noise. A conditional trunk takes its sines, and the pooled vectors of what its
         process is `told`, into its norms (DiT, Peebles and Xie 2023, arXiv:2212.09748); else they are added to the tokens, so
-        that encoders without blocks serve too (Transfusion, Zhou et al. 2024, arXiv:2408.11039).
+        that encoders without blocks serve too (Transfusion, Zhou et al. 2024, arXiv:2408.11039), less those of time 0: a signal
+        without noise is the same whether this was called or not.
         """
         t, trunk, parts = parts[name], getattr(self.encoder(name), "trunk", None), dict(parts)
         code = sincos(1000 * time[..., None], t.x.shape[-1]).flip(-1).to(t.x.dtype)  # beside positions, which have the other end
@@ -346,7 +347,8 @@ class Model(nn.Module):
             code = code + F.pad(pooled.x, (0, 0, 0, 1))[seat]  # a sample without it is told nothing
         if trunk is not None and trunk.conditional and len(trunk.blocks):
             return parts, {name: code}
-        return {**parts, name: t._replace(x=t.x + code)}, {}
+        clean = sincos(time.new_zeros(1, 1, 1), t.x.shape[-1]).flip(-1).to(t.x.dtype)
+        return {**parts, name: t._replace(x=t.x + code - clean)}, {}
 
     def forward(
         self, parts: dict[str, Tokens], causal: bool = False, condition: dict[str, Tensor] | None = None

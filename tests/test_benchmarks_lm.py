@@ -13,7 +13,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.fixture
 def lm(part, monkeypatch):
     module = part("lm")
-    texts = [f"The {a} {b} sees {c} boats and a very long sentence about them." for a in "abcdefgh" for b in "xyzuvw" for c in range(9)]
+    pairs = [(a, b, c) for a in "abcdefgh" for b in "xyzuvw" for c in range(9)]
+    texts = [f"The {a} {b} sees {c} boats and a very long sentence about them." for a, b, c in pairs]
     monkeypatch.setattr(module, "prose", lambda seed, length: (texts[:400], texts[400:]))
     monkeypatch.setattr(module, "measured", lambda kind, row, options: 10.0)
     module.encoded.cache_clear()
