@@ -616,3 +616,12 @@ def terms(objective, model, batch):
 def loss(terms):
     """What the Pretrainer would minimise on one rank."""
     return sum(t.weight * t.total / t.number.clamp(min=1) for t in terms.values())
+
+
+def pad(t):
+    """Three more places per row, full of rubbish that is marked as such."""
+    rows = t.position.shape[0]
+    rubbish = t.map(lambda f: f.new_ones(rows, 3, *f.shape[2:]))
+    value = 1e3 if t.x.is_floating_point() else 3
+    rubbish = rubbish._replace(x=torch.full_like(rubbish.x, value), valid=torch.zeros(rows, 3, dtype=torch.bool))
+    return Tokens(*(None if f is None else torch.cat([f, g], 1) for f, g in zip(t, rubbish, strict=True)))

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from contracts import cases
-from contracts.test_objective_contracts import pad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -83,7 +82,7 @@ def make(name, seed=0):
 def parts(packed=False, padded=False):
     model = cases.model(fuse=None)
     batch = cases.batch(model.readers, cases.examples(model.readers, n=4), packed=packed)
-    return model.embed({name: pad(batch[name]) if padded else batch[name] for name in WIDTHS})
+    return model.embed({name: cases.pad(batch[name]) if padded else batch[name] for name in WIDTHS})
 
 
 def run(made, given, causal=False):

@@ -8,7 +8,6 @@ from contracts import cases
 from torch.testing import assert_close
 
 from headwater import objectives
-from headwater.tokens import Tokens
 
 every = pytest.mark.parametrize("name", cases.OBJECTIVES)
 
@@ -20,34 +19,6 @@ EXCUSES = {
     ".registers.": "in causal attention nothing that is asked sees them",
     "fusion.": "left out where fused features would leak the pair",
 }
-
-
-@pytest.fixture(scope="module")
-def made():
-    """name -> (model, objective, readers, samples): built once per objective and never changed."""
-    built = {}
-
-    def make(name):
-        if name not in built:
-            model = cases.model()
-            objective = cases.objective(name, model)
-            readers = cases.readers(model, objective)
-            built[name] = model, objective, readers, cases.examples(readers)
-        return built[name]
-
-    return make
-
-
-def totals(made, name, *args, **kwargs):
-    model, objective, readers, samples = made(name)
-    found, _ = cases.terms(objective, model, cases.batch(readers, samples, *args, **kwargs))
-    return {k: (t.total.detach().double(), t.number) for k, t in found.items()}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert_close(a[k], b[k], rtol=1e-5, atol=1e-5)
 
 
 def test_every_export_has_a_case(made):
@@ -150,44 +121,6 @@ def test_one_batch_is_learned_by_heart(name, made):
         value.backward()
         step.step()
     assert value.item() < 0.75 * first
-
-
-@every
-def test_padding_is_invisible(name, made):
-    model, objective, readers, samples = made(name)
-    plain = cases.batch(readers, samples)
-    padded = {k: pad(v) if isinstance(v, Tokens) else v for k, v in plain.items()}
-    a, b = (cases.terms(objective, model, given)[0] for given in (plain, padded))
-    for k in a:
-        assert_close(a[k].total, b[k].total, rtol=1e-5, atol=1e-5)
-        assert a[k].number == b[k].number
-
-
-def pad(t):
-    """Three more places per row, full of rubbish that is marked as such."""
-    rows = t.position.shape[0]
-    rubbish = t.map(lambda f: f.new_ones(rows, 3, *f.shape[2:]))
-    value = 1e3 if t.x.is_floating_point() else 3
-    rubbish = rubbish._replace(x=torch.full_like(rubbish.x, value), valid=torch.zeros(rows, 3, dtype=torch.bool))
-    return Tokens(*(None if f is None else torch.cat([f, g], 1) for f, g in zip(t, rubbish, strict=True)))
-
-
-@every
-def test_packing_equals_rows(name, made):
-    same(totals(made, name), totals(made, name, packed=True))
-
-
-@every
-def test_row_order_is_invisible(name, made):
-    same(totals(made, name), totals(made, name, [4, 6, 0, 3, 5, 1, 2]))
-
-
-@every
-def test_uncoupled_samples_do_not_feel_each_other(name, made):
-    if made(name)[1].coupled:
-        pytest.skip("its loss mixes samples by design")
-    parts = [totals(made, name, numbers) for numbers in ([3], [0, 1], [2, 4, 5, 6])]
-    same(totals(made, name), {k: tuple(sum(p[k][i] for p in parts) for i in (0, 1)) for k in parts[0]})
 
 
 @every
