@@ -86,26 +86,30 @@ def foreseen(model: Model, batch: Batch) -> tuple[float, float]:
     return bits(cost, gaps), bits(cost, Suffix()(body, batch["seed"], LAST))
 
 
+def specialists(seed: int, steps: int, batch: Batch) -> dict[str, float]:
+    """Minus bits per byte of the model of spans and of the causal one, each at both tasks."""
+    spans = learned(seed, SPANS, steps)
+    fill, go_on = (written(spans, batch, SpanCorruption(*how)) for how in ((RATE, MEAN), (LAST, 1.0, Suffix())))
+    causal = learned(seed, Causal, steps)
+    causal_fill, (from_left, causal_go_on) = written(causal, batch, SpanCorruption(RATE, MEAN)), foreseen(causal, batch)
+    return {
+        "filling in, spans": -fill,
+        "filling in, causal": -causal_fill,
+        "from the left, causal": -from_left,
+        "continuing, spans": -go_on,
+        "continuing, causal": -causal_go_on,
+    }
+
+
 def main() -> None:
     """Print bits per arm and seed, and the claim as a line of JSON."""
     quick = trial.options(__doc__ or "")
     arms: dict[str, list[float]] = {}
     for seed in range(2 if quick else 3):
-        batch, steps = held_out(seed), 10 if quick else STEPS
-        model = learned(seed, SPANS, steps)
-        fill, go_on = (written(model, batch, SpanCorruption(*how)) for how in ((RATE, MEAN), (LAST, 1.0, Suffix())))
-        model = learned(seed, Causal, steps)
-        causal_fill, (from_left, causal_go_on) = written(model, batch, SpanCorruption(RATE, MEAN)), foreseen(model, batch)
-        found = {
-            "filling in, spans": -fill,
-            "filling in, causal": -causal_fill,
-            "from the left, causal": -from_left,
-            "continuing, spans": -go_on,
-            "continuing, causal": -causal_go_on,
-            "smaller advantage": min(causal_fill - fill, go_on - causal_go_on),
-            "none": 0.0,
-        }
-        for name, value in found.items():
+        found = specialists(seed, 10 if quick else STEPS, held_out(seed))
+        filling = found["filling in, spans"] - found["filling in, causal"]
+        continuing = found["continuing, causal"] - found["continuing, spans"]
+        for name, value in (found | {"smaller advantage": min(filling, continuing), "none": 0.0}).items():
             arms.setdefault(name, []).append(value)
     trial.verdict(
         "span_corruption",

@@ -28,7 +28,7 @@ from headwater.trunk import Trunk
 
 TRAIN = "embedded:things-train-*.tar"
 TERMS = {"causal": "titles", "flow": "pictures"}
-ALLOWED = 1.05
+ALLOWED, WEIGHT = 1.05, 20.0
 
 
 class Only(Transfusion):
@@ -67,7 +67,7 @@ def losses(model: Model, batch: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Train all arms of all seeds and say whether the claim holds."""
     quick = trial.options(__doc__)
-    steps, seeds = (10, range(2)) if quick else (300, range(3))
+    steps, seeds = (10, range(2)) if quick else (300, range(1, 4))  # the weight was chosen on seed 100, after a look at seed 0
     train, test = split()
     model, start = made(), time.perf_counter()
     held = {name: trial.signals(model.readers[name], test) for name in ("text", "image")}
@@ -76,7 +76,8 @@ def main() -> None:
     with trial.written(train) as shards:
         for seed in seeds:
             found = {}
-            for arm, objective in {"joint": Transfusion, **{name: partial(Only, kept=name) for name in TERMS}}.items():
+            objectives = {"joint": partial(Transfusion, weight=WEIGHT), **{name: partial(Only, kept=name) for name in TERMS}}
+            for arm, objective in objectives.items():
                 model = made()
                 trial.pretrain(model, objective, shards, steps, seed, rate=1e-3)
                 found[arm] = losses(model, batch)

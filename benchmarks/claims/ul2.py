@@ -13,9 +13,8 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.claims import trial
-from benchmarks.claims.span_corruption import LAST, MEAN, RATE, SPANS, STEPS, foreseen, held_out, learned, written
-from headwater.objectives import Causal, Denoising
-from headwater.objectives.masks.policies import Suffix
+from benchmarks.claims.span_corruption import LAST, MEAN, RATE, STEPS, held_out, learned, specialists, written
+from headwater.objectives import Denoising
 from headwater.objectives.noise import Prefix, SpanCorruption
 
 MIXTURE = {
@@ -33,24 +32,9 @@ def main() -> None:
         batch, steps = held_out(seed), 10 if quick else STEPS
         model = learned(seed, partial(Denoising, denoisers=MIXTURE), steps)
         fill, go_on = written(model, batch, MIXTURE["r"]), written(model, batch, Prefix((LAST, LAST), mode=2))
-        model = learned(seed, SPANS, steps)
-        spans_fill, spans_go_on = (
-            written(model, batch, SpanCorruption(RATE, MEAN)),
-            written(model, batch, SpanCorruption(LAST, 1.0, Suffix())),
-        )
-        model = learned(seed, Causal, steps)
-        causal_fill, (_, causal_go_on) = written(model, batch, SpanCorruption(RATE, MEAN)), foreseen(model, batch)
-        found = {
-            "filling in, spans": -spans_fill,
-            "filling in, mixture": -fill,
-            "filling in, causal": -causal_fill,
-            "continuing, causal": -causal_go_on,
-            "continuing, mixture": -go_on,
-            "continuing, spans": -spans_go_on,
-            "smaller advantage": min(causal_fill - fill, spans_go_on - go_on),
-            "none": 0.0,
-        }
-        for name, value in found.items():
+        found = specialists(seed, steps, batch) | {"filling in, mixture": -fill, "continuing, mixture": -go_on}
+        filling, continuing = -fill - found["filling in, causal"], -go_on - found["continuing, spans"]
+        for name, value in (found | {"smaller advantage": min(filling, continuing), "none": 0.0}).items():
             arms.setdefault(name, []).append(value)
     trial.verdict(
         "ul2",
