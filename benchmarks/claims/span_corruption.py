@@ -67,9 +67,13 @@ def bits(cost: Tensor, asked: Tensor) -> float:
 
 
 @torch.no_grad()
-def written(model: Model, batch: Batch, denoiser: Denoiser) -> float:
-    """Bits per byte that a denoiser asks for; its marks, and the end of the text, are not counted."""
-    objective = Denoising(model, denoisers={"it": denoiser})
+def written(model: Model, batch: Batch, denoiser: Denoiser, beside: dict[str, Denoiser] | None = None) -> float:
+    """Bits per byte that a denoiser asks for; its marks, and the end of the text, are not counted.
+
+    beside: others with which the model learned it: their modes decide which ids are marks.
+    """
+    others: dict[str, Denoiser] = beside or {}
+    objective = Denoising(model, denoisers={"it": denoiser, **others}, shares=dict.fromkeys(others, 0.0))
     task = objective.task(batch)
     cost = cross_entropy(model.encoder("text").unembed(objective.states(model, task)), task["answer"])
     return bits(cost, task["asked"] & (task["answer"] < 256))

@@ -31,7 +31,7 @@ def main() -> None:
     for seed in range(2 if quick else 3):
         batch, steps = held_out(seed), 10 if quick else STEPS
         model = learned(seed, partial(Denoising, denoisers=MIXTURE), steps)
-        fill, go_on = written(model, batch, MIXTURE["r"]), written(model, batch, Prefix((LAST, LAST), mode=2))
+        fill, go_on = (written(model, batch, how, MIXTURE) for how in (MIXTURE["r"], Prefix((LAST, LAST), mode=2)))
         found = specialists(seed, steps, batch) | {"filling in, mixture": -fill, "continuing, mixture": -go_on}
         filling, continuing = -fill - found["filling in, causal"], -go_on - found["continuing, spans"]
         for name, value in (found | {"smaller advantage": min(filling, continuing), "none": 0.0}).items():
