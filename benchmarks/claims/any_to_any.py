@@ -105,7 +105,7 @@ def main() -> None:
             arms.setdefault(f"shuffled {task}", []).append(shuffled)
         print(f"seed {seed}, {time.perf_counter() - start:.0f} s: {figures}; says {said[:6]} of {names[:6]}", flush=True)
         if not quick and seed == 0:
-            (trial.RESULTS / "any_to_any_samples.png").write_bytes(sheet(names, painted, shown, said))
+            (trial.RESULTS.parents[1] / "docs" / "any_to_any.png").write_bytes(sheet(names, painted, shown, said))
     apart = {t: trial.interval([a - b for a, b in zip(arms[t], arms[f"shuffled {t}"], strict=True)]) for t in TASKS}
     trial.verdict(
         "any_to_any",
