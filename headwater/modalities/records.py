@@ -1,6 +1,6 @@
 """Records of a .json as turns of text: one modality for questions, classes, tables, boxes and dialogues.
 
-The turns are written by a codec, see record_turns; which roles are learned is told to the objective `Answers`.
+The turns are written by a codec, see record_turns; which roles are learned is told to the objective `Roles`.
 """
 
 from __future__ import annotations

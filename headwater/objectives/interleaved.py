@@ -65,7 +65,7 @@ class Interleaved(Objective):
             raise ValueError("found anchor or soft in the likelihood of Interleaved; they are for Causal. Leave them out")
 
     def task(self, batch: Batch, hints: None = None) -> Batch:
-        """ "answers": modality -> Tokens of what its places are asked for, valid where they are asked."""
+        """Adds `answers`: modality -> Tokens of what its places are asked for, valid where they are asked."""
         parts = part(batch, self.modalities)
         back = random.uniform(batch["seed"], (), "interleaved/flip") < self.flip if self.flip else None
         places, answers = {}, {}
