@@ -161,11 +161,21 @@ def _walk(module: nn.Module, prefix: str, width: int | None, settled: bool, foun
     if settled:
         return
     for name, rule in _rules(module).items():
-        if prefix + name not in found:
-            raise ValueError(
-                f"{type(module).__name__}.init_rules names {name!r}; expected a parameter or buffer of it or its children"
-            )
-        found[prefix + name] = found[prefix + name]._replace(rule=rule)
+        for part, its in _parts(module, name, rule).items():
+            if prefix + part not in found:
+                raise ValueError(
+                    f"{type(module).__name__}.init_rules names {part!r}; expected a parameter or buffer of it or its children"
+                )
+            found[prefix + part] = found[prefix + part]._replace(rule=its)
+
+
+def _parts(module: nn.Module, name: str, rule: Rule) -> dict[str, Rule]:
+    """Where a form stands in place of a linear layer (`headwater.forms`), what the rule of its weight means for what is there."""
+    owner, _, last = name.rpartition(".")
+    layer = dict(module.named_modules()).get(owner) if last == "weight" and owner else None
+    if layer is None or not hasattr(layer, "weight_rules"):
+        return {name: rule}
+    return {f"{owner}.{part}": its for part, its in layer.weight_rules(rule).items()}
 
 
 def _rules(module: nn.Module) -> dict[str, Rule]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from headwater.forms.form import Form
 from headwater.init import INPUT, OUTPUT, TIED, Rule
 from headwater.pooling import POOLINGS, AttentionPool, Pooling
 from headwater.position import sincos
@@ -240,6 +241,7 @@ class Model(nn.Module):
         space: size of a shared embedding space: each encoder's pooled vector is projected into it. None = no projection.
         frozen: names of encoders that do not train and stay in evaluation mode; not part of what is exported.
         processes: modality of vectors -> how it becomes noise, and what its head says of it; see `process`.
+        forms: what stands in place of linear layers, one after the other: low-rank, sparse, ternary; see `headwater.forms`.
     """
 
     chunks: int = 1  # pieces of `represent`; set by who trains, not part of what is exported
@@ -251,6 +253,7 @@ class Model(nn.Module):
         space: int | None = None,
         frozen: Sequence[str] = (),
         processes: dict[str, Process] | None = None,
+        forms: Sequence[Form] = (),
     ) -> None:
         super().__init__()
         if not encoders:
@@ -263,6 +266,9 @@ class Model(nn.Module):
         self.processes = dict(processes or {})
         for name in (n for key, p in self.processes.items() for n in (key, *p.told)):
             self.encoder(name)
+        self.forms = tuple(forms)
+        for form in self.forms:
+            form(self)
         self.frozen = tuple(frozen)
         for name in self.frozen:
             self.encoder(name).requires_grad_(False)
@@ -279,7 +285,8 @@ class Model(nn.Module):
     def spec(self) -> dict[str, Any]:
         """How to make this model again, as plain data."""
         parts = {name: plain(e) for name, e in self.encoders.items()}
-        return {"encoders": parts, "fusion": plain(self.fusion), "space": self.space, "processes": plain(self.processes)}
+        processes, forms = plain(self.processes), plain(self.forms)
+        return {"encoders": parts, "fusion": plain(self.fusion), "space": self.space, "processes": processes, "forms": forms}
 
     @property
     def readers(self) -> dict[str, Reader]:

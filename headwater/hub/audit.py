@@ -24,7 +24,7 @@ How = Literal[
 LOADED: tuple[How, ...] = ("matched", "renamed", "reshaped", "fused", "split", "folded", "resampled", "inflated")
 WRONG: tuple[How, ...] = ("missing", "unexpected", "other shape")
 WRAPPERS = ("", "module.", "backbone.", "model.", "module.backbone.")  # what trainers put before every name
-OBJECTIVE = "objective."  # of our own checkpoints: it is thrown away after training
+LEFT = ("objective.", "average.")  # of our own checkpoints: they are thrown away after training
 log = logging.getLogger(__name__)
 
 
@@ -148,7 +148,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor] | str | Path, c
     rows = [compare(name, own.get(name), theirs, found[theirs]) for name, theirs in names.items()]
     known = set(names.values())
     for theirs in (name for name in found if name not in known):
-        how: How = "left out" if theirs.startswith(OBJECTIVE) else "unexpected"
+        how: How = "left out" if theirs.startswith(LEFT) else "unexpected"
         rows.append(Row(how, "", theirs, tuple(found[theirs].shape)))
     rows += [Row("missing", name, "", tuple(w.shape)) for name, w in own.items() if name not in names]
     report = Report(tuple(rows)).accept(coverage, what)

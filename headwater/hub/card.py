@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+import headwater.forms
 import headwater.fusion
 import headwater.modalities  # noqa: F401  these hold the classes that a card may name
 from headwater import __version__
@@ -140,12 +141,15 @@ def model_of(spec: dict[str, Any], folder: Path) -> Model:
     for library, module in LIBRARIES.items():
         if f"headwater.modalities.{library}_" in str(spec["encoders"]):  # only these, whatever a card says
             importlib.import_module(module)
+    if "headwater.surgery." in str(spec["encoders"]):
+        importlib.import_module("headwater.surgery")
     fusion = spec["fusion"]
     return Model(
         {name: build(e) for name, e in spec["encoders"].items()},
         None if fusion is None else lambda widths: build(fusion),
         spec["space"],
         processes={name: build(process) for name, process in spec.get("processes", {}).items()},
+        forms=[build(form) for form in spec.get("forms", [])],
     )
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"attention", "position", "cache", "sequence", "process", "turns"},
     {"layers"},
     {"trunk", "teacher"},
-    {"pooling"},
+    {"pooling", "forms"},
     {"model"},
     {"modalities", "fusion", "objectives"},
     {"datamodules", "pretrainer", "training"},
