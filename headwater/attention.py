@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from headwater import fused
 from headwater.tokens import Kind, Mask, Tokens, attention_mask
 
 Kernel = Literal["flash", "efficient", "cudnn", "varlen", "flex", "math"]
@@ -59,7 +60,7 @@ def higher_order() -> Iterator[None]:
     """
     token = _differentiable.set(True)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with fused.preferring("torch"), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         _differentiable.reset(token)
@@ -146,7 +147,7 @@ def lengths(mask: Mask) -> Lengths:
     _, run = torch.stack([row, document.flatten()[place]]).unique(dim=1, return_inverse=True)
     count = run.bincount()
     ends = F.pad(count.cumsum(0), (1, 0)).to(torch.int32)
-    return Lengths(place[run.argsort(stable=True)], ends, int(count.max()))
+    return Lengths(place[run.argsort(stable=True)], ends, 1 << (int(count.max()) - 1).bit_length())
 
 
 def over_lengths(q: Tensor, k: Tensor, v: Tensor, runs: Lengths) -> Tensor:

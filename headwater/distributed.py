@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,6 +50,14 @@ def lengths(n: int, device: torch.device) -> list[int]:
     every[rank()] = n
     dist.all_reduce(every)
     return every.tolist()
+
+
+def words(said: str) -> list[str]:
+    """What every rank says."""
+    every: list[Any] = [said] * world()
+    if world() > 1:
+        dist.all_gather_object(every, said)
+    return every
 
 
 def gather(x: Tensor) -> tuple[Tensor, int]:

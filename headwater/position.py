@@ -63,16 +63,23 @@ class Rotary(Position):
         axes: coordinates that are used; None = all.
         span: tokens along each of the axes. Coordinates are then put between -1 and 1 over so many tokens, and turn by 2 pi
             (DINOv3, Simeoni et al. 2025, arXiv:2508.10104). None = coordinates are in tokens.
+        stretch: coordinates are divided by it, so that the places of a longer context fall between those that were learned
+            (position interpolation, Chen et al. 2023, arXiv:2306.15595).
     """
 
-    def __init__(self, base: float = 1e4, axes: Sequence[int] | None = None, span: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, base: float = 1e4, axes: Sequence[int] | None = None, span: Sequence[int] | None = None, stretch: float = 1.0
+    ) -> None:
         super().__init__()
+        if stretch <= 0:
+            raise ValueError(f"found a stretch of {stretch}; expected a factor above 0, such as 4 for four times the context")
         if span is not None and len(span) != len(axes or ()):
             raise ValueError(f"found span {span} for axes {axes}; expected one number of tokens per axis")
-        self.base, self.axes, self.span = base, axes, span
+        self.base, self.axes, self.span, self.stretch = base, axes, span, stretch
 
     def angle(self, t: Tokens, size: int) -> Tensor:
         place = t.position if self.axes is None else t.position[..., list(self.axes)]
+        place = place if self.stretch == 1 else place.float() / self.stretch
         if self.span is not None:
             place = 2 * math.pi * (2 * (place.float() + 0.5) / place.new_tensor(self.span, dtype=torch.float32) - 1)
         return rotary(place, size, self.base)

@@ -18,7 +18,8 @@ from headwater.modalities import Image, Text
 from headwater.model import Model
 from headwater.objectives import Causal, Contrastive, Masked, Weighted
 from headwater.objectives.contrast.losses import Softmax
-from headwater.pretrainer import Pretrainer, decay_groups
+from headwater.pretrainer import Pretrainer
+from headwater.training.groups import Groups
 from headwater.trunk import Trunk
 
 PARTS = {"mask": partial(Masked, ratio=0.5, width=16), "pair": partial(Contrastive, loss=partial(Softmax, 0.1))}
@@ -259,7 +260,7 @@ def test_factors_reach_the_optimizer_through_the_schedule():
     assert rate["backbone.encoders.text.head.weight"] == pytest.approx(0.1 * 0.5 / 4)
     assert rate["backbone.encoders.text.stem.weight"] == rate["backbone.encoders.text.head.bias"] == pytest.approx(0.05)
     assert decay["backbone.encoders.text.head.weight"] > decay["backbone.encoders.text.head.bias"] == 0
-    assert len(decay_groups(pretrainer)) == 2
+    assert len(Groups().of(pretrainer)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def activations(texts, width, scheme, rate=0.01, steps=4):
     encoder = pretrainer.backbone.encoder("text")
     batch = {"text": collate([{"text": encoder.reader.tokens(text)} for text in texts], ["text"])["text"]}
     batch = pretrainer.objective.task(batch)
-    optimizer, seen = torch.optim.Adam(decay_groups(pretrainer, factors(pretrainer, scheme)), lr=rate), {}
+    optimizer, seen = torch.optim.Adam(Groups().of(pretrainer, factors(pretrainer, scheme)), lr=rate), {}
     for group in optimizer.param_groups:
         group["lr"] *= group.get("factor", 1.0)
     for name, module in {"stream": encoder.trunk.norm, "logits": encoder.head, "attention": encoder.trunk.blocks[1].attn}.items():

@@ -1,87 +1,29 @@
-import io
 from functools import partial
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
-from PIL import Image as Pictures
+from runs import COUPLED, UNCOUPLED, make, pairs, trainer, write_pairs
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
-from headwater import distributed
-from headwater.datamodules.datamodule import ShardDataModule, Source
-from headwater.datamodules.writer import ShardWriter
-from headwater.fusion import JointTokens
-from headwater.modalities import Image, Text
-from headwater.model import Model
-from headwater.objectives import Causal, Contrastive, Masked, Weighted
-from headwater.pretrainer import Pretrainer, check_needs, decay_groups
+from headwater.objectives import Contrastive
+from headwater.pretrainer import check_needs
 from headwater.tokens import split_rows
-from headwater.training.schedules import constant
-from headwater.training.sharding import Sharded
-from headwater.trunk import Trunk
-
-UNCOUPLED = {"mask": partial(Masked, ratio=0.5, width=16), "next": partial(Causal, prefix=["image"])}
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-COUPLED = {**UNCOUPLED, "pair": Contrastive}
+from headwater.training.groups import Groups
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    with ShardWriter(folder / "{:03d}.tar", samples=7) as writer:
-        for k in range(20):
-            file = io.BytesIO()
-            Pictures.fromarray(np.random.default_rng(k).integers(0, 255, (16, 16, 3), np.uint8)).save(file, "png")
-            writer.write(f"{k:03d}", {"png": file.getvalue(), "txt": ("word " * (1 + k % 3) + str(k)).encode()})
-    return str(folder)
-
-
-def make(parts=None, **options):
-    torch.manual_seed(0)
-    small = partial(Trunk, 16, depth=1, heads=2, mlp_ratio=2.0)
-    model = Model({"image": Image(small(), size=16), "text": Text(small(), length=24)}, lambda w: JointTokens(w, small()), space=8)
-    return Pretrainer(model, partial(Weighted, parts=parts or UNCOUPLED), schedule=constant, **options)
-
-
-class OneOfTwo(LightningEnvironment):
-    """The group exists already: `ranks` made it."""
-
-    creates_processes_externally = True
-
-    def world_size(self):
-        return distributed.world()
-
-    def global_rank(self):
-        return distributed.rank()
-
-    local_rank = global_rank
-
-    def node_rank(self):
-        return 0
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def fit(shards, parts=None, steps=4, micro=1, pack=None, rate=0.5, clip=0.0, sharded=False):
     """Parameters after some steps of plain gradient descent on 5 samples each: they tell the gradients."""
     pretrainer = make(parts, micro=micro, clip=clip, optimizer=partial(torch.optim.SGD, lr=rate))
-    data = ShardDataModule(train={"pairs": Source(shards)}, batch_size=5, workers=0, pack=pack)
-    two = distributed.world() > 1
-    several = Sharded() if sharded else DDPStrategy(find_unused_parameters=True)
-    if two:
-        several.cluster_environment = OneOfTwo()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=distributed.world(),
-        strategy=several if two else "auto",
-        use_distributed_sampler=False,
-        **QUIET,
-    )
-    trainer.fit(pretrainer, data)
-    logged = {k: v for k, v in trainer.callback_metrics.items() if "scale" not in k and "filled" not in k}  # padding may differ
+    run = trainer(steps, sharded)
+    run.fit(pretrainer, pairs(shards, pack=pack))
+    logged = {k: v for k, v in run.callback_metrics.items() if "scale" not in k and "filled" not in k}  # padding may differ
     parameters = {n: p.detach() for n, p in pretrainer.named_parameters()}
     if sharded:
         assert not [n for n, p in parameters.items() if not isinstance(p, DTensor)]
@@ -154,7 +96,7 @@ def test_every_parameter_is_in_one_decay_group():
     pretrainer = make()
     pretrainer.backbone.encoder("text").head.weight.requires_grad_(False)
     names = {id(p): n for n, p in pretrainer.named_parameters()}
-    decayed, still = ([names[id(p)] for p in group["params"]] for group in decay_groups(pretrainer))
+    decayed, still = ([names[id(p)] for p in group["params"]] for group in Groups().of(pretrainer))
     assert sorted(decayed + still) == sorted(n for n in names.values() if n != "backbone.encoders.text.head.weight")
     assert "backbone.encoders.text.stem.weight" in still  # an embedding
     assert "backbone.encoders.image.stem.weight" in decayed
@@ -169,24 +111,17 @@ def test_missing_modalities_are_named_before_training():
 
 
 def test_accumulation_of_lightning_is_refused(shards):
-    trainer = pl.Trainer(max_steps=1, accelerator="cpu", accumulate_grad_batches=2, **QUIET)
     with pytest.raises((ValueError, pl.utilities.exceptions.MisconfigurationException), match="accumulate"):
-        trainer.fit(make(), ShardDataModule(train={"pairs": Source(shards)}, batch_size=5, workers=0))
+        trainer(1, accumulate_grad_batches=2).fit(make(), pairs(shards))
 
 
 def go_on(shards, folder, steps, sharded):
     """Trains to `steps`, from the checkpoint in the folder if there is one, and leaves another one."""
     pretrainer = make(COUPLED, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-    data = ShardDataModule(train={"pairs": Source(shards)}, batch_size=5, workers=0)
-    strategy = "auto"
-    if distributed.world() > 1:
-        strategy = Sharded() if sharded else DDPStrategy(find_unused_parameters=True)
-        strategy.cluster_environment = OneOfTwo()
-    options = {"accelerator": "cpu", "devices": distributed.world(), "strategy": strategy, "use_distributed_sampler": False}
-    trainer = pl.Trainer(max_steps=steps, **options, **QUIET)
+    run = trainer(steps, sharded)
     checkpoint = folder / "last.ckpt"
-    trainer.fit(pretrainer, data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    trainer.save_checkpoint(checkpoint)
+    run.fit(pretrainer, pairs(shards), ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    run.save_checkpoint(checkpoint)
 
 
 def test_checkpoints_go_from_one_process_to_shares_and_back(ranks, shards, tmp_path):

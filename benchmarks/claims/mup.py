@@ -24,7 +24,8 @@ from headwater.datamodules.files import expand
 from headwater.modalities import Text
 from headwater.model import Model
 from headwater.objectives import Causal
-from headwater.pretrainer import Pretrainer, decay_groups
+from headwater.pretrainer import Pretrainer
+from headwater.training.groups import Groups
 from headwater.trunk import Trunk
 
 HEAD, DEPTH, LENGTH = 32, 2, 32
@@ -47,7 +48,7 @@ def train(corpus: list[str], width: int, rate: float, seed: int, steps: int, sch
         model = Model({"text": Text(Trunk(width, DEPTH, heads=width // HEAD, position="rotary"), length=LENGTH)})
         trained = Pretrainer(model, Causal)
     init.materialise(trained, "cpu", seed, scheme)
-    optimizer = torch.optim.Adam(decay_groups(trained, init.factors(trained, scheme)), betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(Groups().of(trained, init.factors(trained, scheme)), betas=(0.9, 0.95))
     order = random.uniform(torch.tensor(seed), (len(corpus),), "order").argsort().tolist()
     losses = []
     for step in range(steps):

@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -102,12 +103,15 @@ def pretrain(
     rate: float = 1e-3,
     views: Sequence[str] = (),
     scheme: init.Normal | None = init.Normal(),  # noqa: B008
+    optimizer: OptimizerCallable | None = None,
     **source: Any,
 ) -> Pretrainer:
-    """Train as `headwater fit` does: order, views, masks and first weights are functions of `seed`. Returns what was trained."""
-    pretrainer = Pretrainer(
-        model, objective, partial(torch.optim.AdamW, lr=rate, weight_decay=0.05, betas=(0.9, 0.95)), seed=seed, init=scheme
-    )
+    """Train as `headwater fit` does: order, views, masks and first weights are functions of `seed`. Returns what was trained.
+
+    optimizer: None = AdamW at `rate`.
+    """
+    adamw = partial(torch.optim.AdamW, lr=rate, weight_decay=0.05, betas=(0.9, 0.95))
+    pretrainer = Pretrainer(model, objective, optimizer or adamw, seed=seed, init=scheme)
     data = ShardDataModule(
         train={"it": Source(shards, views=list(views) or None, **source)}, batch_size=batch_size, workers=0, seed=seed
     )

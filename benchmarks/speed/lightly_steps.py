@@ -30,8 +30,9 @@ from headwater.objectives.comparison import Prototypes
 from headwater.objectives.objective import Batch, weighted_sum
 from headwater.objectives.targets.target import Values
 from headwater.position import Learned, Position, Sincos
-from headwater.pretrainer import Pretrainer, count, decay_groups
+from headwater.pretrainer import Pretrainer, count
 from headwater.tokens import Tokens
+from headwater.training.groups import Groups
 from headwater.trunk import Trunk
 
 Found = dict[str, Any]
@@ -73,7 +74,7 @@ def backbone(model: Model, sizes: bool) -> Any:
 def ours(trained: Pretrainer, batch: Batch) -> dict[str, Step]:
     """Our step, and with the kernel that updates all parameters at once."""
     twin = copy.deepcopy(trained)
-    optimizers = [torch.optim.AdamW(decay_groups(p), **SETTINGS, fused=p is twin) for p in (trained, twin)]
+    optimizers = [torch.optim.AdamW(Groups().of(p), **SETTINGS, fused=p is twin) for p in (trained, twin)]
     return {OURS: stepping(trained, batch, optimizers[0]), f"{OURS}, fused AdamW": stepping(twin, batch, optimizers[1])}
 
 

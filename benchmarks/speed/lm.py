@@ -32,9 +32,10 @@ from headwater.hub.transformers_models import from_transformers
 from headwater.modalities.text import TextReader
 from headwater.model import Model
 from headwater.objectives import Causal
-from headwater.pretrainer import Pretrainer, decay_groups
+from headwater.pretrainer import Pretrainer
 from headwater.tokens import Tokens
 from headwater.tools.tokenizer import tokenizer
+from headwater.training.groups import Groups
 from headwater.training.schedules import Cosine
 
 SHAPE = {"vocab": 8192, "length": 256, "width": 256, "depth": 6, "heads": 4, "rows": 16}
@@ -151,7 +152,7 @@ def pair(kind: str, shape: dict[str, int]) -> tuple[Model, Any]:
 def our_step(model: Model) -> Any:
     """A batch of ids and a rate -> one step of the Pretrainer."""
     trained = Pretrainer(model, Causal)
-    optimizer = torch.optim.AdamW(decay_groups(trained), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(Groups().of(trained), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
 
     def step(ids: Tensor, rate: float) -> Tensor:
         for group in optimizer.param_groups:
@@ -163,7 +164,7 @@ def our_step(model: Model) -> Any:
 
 def their_step(model: Any) -> Any:
     """The same with the model's own loss. It drops the first id of the labels, which is why one stands before them."""
-    groups = decay_groups(model)
+    groups = Groups().of(model)
     optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
 
     def step(ids: Tensor, rate: float) -> Tensor:

@@ -39,8 +39,9 @@ from headwater.model import Encoder, Model
 from headwater.objectives import Contrastive
 from headwater.objectives.contrast.tiles import softmax_both_ways
 from headwater.position import Learned
-from headwater.pretrainer import Pretrainer, decay_groups
+from headwater.pretrainer import Pretrainer
 from headwater.tokens import Tokens
+from headwater.training.groups import Groups
 from headwater.trunk import Trunk
 
 PEER = "open_clip"
@@ -153,7 +154,7 @@ def ours(trained: Pretrainer, pictures: Tensor, ids: list[Tensor], fused: bool) 
     text = collate([{"text": Tokens(x, torch.arange(len(x), dtype=torch.int32)[:, None])} for x in ids], ["text"])["text"]
     seed = torch.arange(len(ids))
     batch = {"image": image, "text": text, "seed": seed, "sample": seed}
-    optimizer = torch.optim.AdamW(decay_groups(trained), lr=1e-3, weight_decay=0.2, fused=fused)
+    optimizer = torch.optim.AdamW(Groups().of(trained), lr=1e-3, weight_decay=0.2, fused=fused)
     return stepping(trained, batch, optimizer)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,23 +13,27 @@ Sample = dict[str, Tokens]  # modality -> tokens of one sample, without the row 
 Rows = Sequence[Sequence[int]]  # the samples of each row
 
 
-def collate(samples: Sequence[Sample], names: Sequence[str], rows: Rows | None = None) -> dict[str, Tokens]:
+def collate(
+    samples: Sequence[Sample], names: Sequence[str], rows: Rows | None = None, buckets: Mapping[str, int] | None = None
+) -> dict[str, Tokens]:
     """Rows of equal length for every modality in `names`.
 
     A sample that lacks a modality has no valid token there. rows: which samples share a row, the same one in every modality;
-    None = one sample per row.
+    None = one sample per row. buckets: modality -> n; its rows, and those of views of it, have a multiple of n places.
     """
-    return {name: _alone(samples, name) if rows is None else _packed(samples, rows, name) for name in names}
+    steps = {name: (buckets or {}).get(name.partition("@")[0], 1) for name in names}
+    return {n: _alone(samples, n, steps[n]) if rows is None else _packed(samples, rows, n, steps[n]) for n in names}
 
 
-def _alone(samples: Sequence[Sample], name: str) -> Tokens:
+def _alone(samples: Sequence[Sample], name: str, step: int) -> Tokens:
     """One sample per row."""
     found = [sample.get(name) for sample in samples]
     pieces = [t for t in found if t is not None]
     model = _model(pieces, name)
     lengths = [0 if t is None else t.position.shape[0] for t in found]
-    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    even = min(lengths) == max(lengths)
+    size = step * -(-max(lengths) // step)
+    valid = torch.arange(size) < torch.tensor(lengths)[:, None]
+    even = min(lengths) == size
 
     def column(field: str) -> Tensor:
         parts = [getattr(t, field) for t in pieces]
@@ -38,14 +42,14 @@ def _alone(samples: Sequence[Sample], name: str) -> Tokens:
     return Tokens(column("x"), column("position"), valid, None, None if model.order is None else column("order"))
 
 
-def _packed(samples: Sequence[Sample], rows: Rows, name: str) -> Tokens:
+def _packed(samples: Sequence[Sample], rows: Rows, name: str, step: int) -> Tokens:
     """Several samples per row; document = the number of the sample in the batch."""
     found = [[(s, samples[s][name]) for s in row if name in samples[s]] for row in rows]
     pieces = [t for row in found for _, t in row]
     model = _model(pieces, name)
     lengths = torch.tensor([t.position.shape[0] for t in pieces])
     sizes = [sum(t.position.shape[0] for _, t in row) for row in found]
-    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    valid = torch.arange(step * -(-max(sizes) // step)) < torch.tensor(sizes)[:, None]
 
     def joined(field: str) -> Tensor:
         return _filled(torch.cat([getattr(t, field) for t in pieces]), valid)

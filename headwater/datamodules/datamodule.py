@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import signal
 from collections import Counter
@@ -43,6 +44,8 @@ class ShardDataModule(pl.LightningDataModule):
             leaves them out of this epoch, "short" makes a smaller batch.
         arrange: put samples of like length, or related ones, into the same batch; None = as they come.
         pack: most tokens per row and modality, to pack several samples into a row; None = one sample per row.
+        buckets: modality -> n: its rows have a multiple of n places, so that compiled blocks meet few lengths; None = as many as
+            the longest needs.
         workers: loader processes per rank.
         start: how they are started: "fork", "spawn" or "forkserver"; None = the platform's way.
         seed: of order, masks and views.
@@ -63,6 +66,7 @@ class ShardDataModule(pl.LightningDataModule):
         last: Last = "wrap",
         arrange: Arrange | None = None,
         pack: dict[str, int] | None = None,
+        buckets: dict[str, int] | None = None,
         workers: int = 1,
         start: Literal["fork", "spawn", "forkserver"] | None = None,
         seed: int = 0,
@@ -75,14 +79,20 @@ class ShardDataModule(pl.LightningDataModule):
             train, held_out = folder(path, next(iter((train or {}).values()), Source("")))
         if not train:
             raise ValueError("no training data was named; give --data FOLDER of shards, or data.train in the recipe")
+        if buckets and min(buckets.values()) < 1:
+            raise ValueError(
+                f"found buckets {buckets}; expected modalities with the number of places that theirs are a multiple of"
+            )
         if workers >= notice:
             raise ValueError(f"found workers={workers} and notice={notice}; workers read ahead: expected more notice than workers")
         self.train, self.held_out, self.batch_size, self.unit = train, held_out or {}, batch_size, unit
         self.mixing, self.alpha, self.last, self.arrange, self.pack = mixing, alpha, last, arrange, pack
+        self.buckets = buckets
         self.workers, self.start, self.seed, self.window = workers, start, seed, window
         self.notice, self.fault_budget = notice, fault_budget
         self.faults: Counter[str] = Counter()
         self.members_read = 0
+        self.first = 0  # steps of the order that earlier runs have taken
 
     def setup(self, stage: str) -> None:
         """Open every index and choose readers: training reads what the objective needs, held-out sources give all modalities."""
@@ -119,11 +129,11 @@ class ShardDataModule(pl.LightningDataModule):
         given = torch.tensor(
             [weights[name] for name in self.train], dtype=torch.float64, device=self.trainer.lightning_module.device
         )
-        step = self.trainer.global_step + self.notice
+        step = self.first + self.trainer.global_step + self.notice
         if self.unit == "sample" and self.arrange:  # a window that is being read keeps its samples
             step = -(-step // self.arrange.steps) * self.arrange.steps
         self.ledger.add(step, distributed.gather(given[None])[0][0].tolist())
-        return step
+        return step - self.first
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -135,15 +145,31 @@ class ShardDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What went wrong so far, and the ledger; where the order stands follows from the step."""
         ledger = [[step, list(weights)] for step, weights in self.ledger.entries]
-        return {"faults": dict(self.faults), "members_read": self.members_read, "ledger": ledger, "setting": self.setting}
+        read = {"faults": dict(self.faults), "members_read": self.members_read}
+        return {**read, "ledger": ledger, "setting": self.setting, "first": self.first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.faults, self.members_read = Counter(state_dict["faults"]), state_dict["members_read"]
-        before, now = state_dict["setting"], self.setting
-        if changed := [f"{k} (was {before.get(k)}, is {now[k]})" for k in now if before.get(k) != now[k]]:
+        self.first, before = state_dict["first"], state_dict["setting"]
+        if changed := self.changes(before):
             rank_zero_warn(f"the order of samples does not continue that of the checkpoint, because of: {'; '.join(changed)}")
-        if list(before["sources"]) == list(now["sources"]):
+        if list(before["sources"]) == list(self.setting["sources"]):
             self.ledger.restore([(int(step), weights) for step, weights in state_dict["ledger"]])
+
+    def go_on(self, state: dict[str, Any], steps: int) -> None:
+        """Take up the order of samples where another run left it. state: its `state_dict`; steps: that it has made."""
+        if changed := self.changes(state["setting"]):
+            raise ValueError(
+                f"the order of samples cannot go on, because of: {'; '.join(changed)}. Take `data` out of `carry`, and give the "
+                "stage another data.seed, so that it does not begin with the same samples"
+            )
+        self.ledger.restore([(int(step), weights) for step, weights in state["ledger"]])
+        self.first = state["first"] + steps
+
+    def changes(self, before: dict[str, Any]) -> list[str]:
+        """In what the order of samples differs from that of a run with this `setting`."""
+        now = self.setting
+        return [f"{k} (was {before.get(k)}, is {now[k]})" for k in now if before.get(k) != now[k]]
 
     @property
     def readers(self) -> dict[str, Reader]:
@@ -158,10 +184,11 @@ class ShardDataModule(pl.LightningDataModule):
 
     def shares(self) -> dict[str, float]:
         """Source -> its share of the samples that have been drawn; empty where there is only one."""
-        return self.plan.shares(self.trainer.global_step) if len(self.sources) > 1 else {}
+        return self.plan.shares(self.first + self.trainer.global_step) if len(self.sources) > 1 else {}
 
     def train_dataloader(self) -> DataLoader:
-        data = ShardDataset(self.plan, distributed.rank(), distributed.world(), self.trainer.global_step)
+        first = self.first + self.trainer.global_step
+        data = ShardDataset(self.plan, distributed.rank(), distributed.world(), first, buckets=self.buckets)
         return self._loader(data)
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -230,6 +257,7 @@ def outlive_signals(worker: int) -> None:
     closing = info.dataset.closing
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2, 2)  # with which the watchdog asks a worker where it is
 
 
 def folder(path: str, like: Source) -> tuple[dict[str, Source], dict[str, Source]]:

@@ -24,10 +24,19 @@ class ShardDataset(IterableDataset):
 
     Args:
         plan: of the run. rank, world: whose rows. first: step to begin with. steps: where to end; None = never.
+        buckets: see `collate`.
     """
 
-    def __init__(self, plan: Plan, rank: int = 0, world: int = 1, first: int = 0, steps: int | None = None) -> None:
-        self.plan, self.rank, self.world, self.first, self.steps = plan, rank, world, first, steps
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int = 0,
+        world: int = 1,
+        first: int = 0,
+        steps: int | None = None,
+        buckets: dict[str, int] | None = None,
+    ) -> None:
+        self.plan, self.rank, self.world, self.first, self.steps, self.buckets = plan, rank, world, first, steps, buckets
         self.joins = plan.arrange is not None and plan.arrange.join
         self.closing = torch.zeros((), dtype=torch.bool).share_memory_()  # the main process exits
 
@@ -45,7 +54,7 @@ class ShardDataset(IterableDataset):
             for document in (d for row in mine.rows for d in row if self.joins):  # those of one sample too: all have an order
                 samples[document[0]] = join([samples[s] for s in document])  # it bears the number and seed of its first sample
         present = [name for name in names if any(name in sample for sample in samples)]
-        batch: dict[str, Any] = collate(samples, present, rows)
+        batch: dict[str, Any] = collate(samples, present, rows, self.buckets)
         for name in names:
             if name not in batch:  # every one of this rank was undecodable, or it has no row: others must not wait for it
                 batch[name] = self._nothing(sources, name, len(read) if rows is None else len(rows))
@@ -68,7 +77,7 @@ class ShardDataset(IterableDataset):
     def _nothing(self, sources: list[Any], name: str, rows: int) -> Any:
         """Rows of a modality without one valid token; at least one row, for what cannot do without."""
         stand_in: Sample = {name: next(s for s in sources if name in s.readers).readers[name].example(1, 0)[0]}
-        filled = collate([join([stand_in]) if self.joins else stand_in] * max(1, rows), [name])[name]
+        filled = collate([join([stand_in]) if self.joins else stand_in] * max(1, rows), [name], None, self.buckets)[name]
         return filled._replace(valid=torch.zeros_like(filled.real()))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

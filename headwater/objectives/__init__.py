@@ -1,5 +1,6 @@
 """One file per idea: each hides something, asks the model for it back, and scores the answer."""
 
+from headwater.objectives.anchored import Anchored
 from headwater.objectives.balanced import Balanced
 from headwater.objectives.causal import Causal
 from headwater.objectives.contrastive import Contrastive
@@ -39,6 +40,7 @@ from headwater.objectives.weighted import Weighted
 
 __all__ = [
     "CTC",
+    "Anchored",
     "Balanced",
     "Causal",
     "Conditioned",

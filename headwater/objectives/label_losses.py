@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headwater import fused
 from headwater.init import ZERO, Rule
 from headwater.model import Reader
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
     """(K, C), (K,) ids -> (K,): the target is 1 - smoothing on its class plus smoothing spread over all C (arXiv:1512.00567)."""
-    return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+    return fused.cross_entropy(logits, target, smoothing)
 
 
 def binary(logits: Tensor, target: Tensor) -> Tensor:

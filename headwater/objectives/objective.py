@@ -8,12 +8,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headwater import fused
 from headwater.model import Model, Reader
 from headwater.tokens import Tokens, split_rows
 from headwater.view import View
 
 Batch = dict[str, Any]  # modality -> Tokens; "seed", "sample" (S,) int64; "progress" float, "step" int; and what `task` adds
-Schedule = Callable[[float], float]  # of progress, the share of the run that is done
+
+
+class Curve:
+    """A function of progress that recipes name without a path; plain functions serve as well."""
+
+    def __call__(self, progress: float) -> float:
+        """progress: share of the run that is done."""
+        raise NotImplementedError(f"{type(self).__name__} must return its value at this progress")
+
+
+Schedule = Curve | Callable[[float], float]  # of progress, the share of the run that is done
 
 
 def at(value: float | Schedule, progress: float) -> float:
@@ -104,7 +115,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Per-token cross entropy in nats: (..., V), (...) ids -> (...)."""
-    flat = nn.functional.cross_entropy(wide(logits).flatten(0, -2), target.flatten(), reduction="none")
+    flat = fused.cross_entropy(logits.flatten(0, -2), target.flatten())
     return flat.view(target.shape)
 
 

@@ -167,13 +167,14 @@ def evaluated(module: nn.Module) -> Iterator[None]:
 
 
 def gathered(vectors: dict[str, Tensor], given: dict[str, Tokens]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of the samples of all ranks that were given: modality -> vectors (S, D), and whether a sample has it, (S,) bool."""
+    """Of the samples of all ranks that were given: modality -> vectors (S, D), and whether a sample has a finite one, (S,) bool."""
     here = {name: torch.zeros_like(vectors["sample"], dtype=torch.bool) for name in given}
     for name, t in given.items():
         here[name][t.samples()] = True
     seen = torch.stack([*here.values()]).any(0)
     every = {name: distributed.gather(vectors[name][seen].float())[0] for name in given}
-    return every, {name: distributed.gather(mask[seen].byte())[0].bool() for name, mask in here.items()}
+    present = {name: distributed.gather(mask[seen].byte())[0].bool() for name, mask in here.items()}
+    return every, {name: mask & every[name].isfinite().all(1) for name, mask in present.items()}
 
 
 def distinct(t: Tokens) -> int:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsFile(Logger):
@@ -16,6 +21,7 @@ class MetricsFile(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
+        self._rows: list[tuple] = []  # not written yet: the disk is full
 
     @property
     def name(self) -> str:
@@ -35,12 +41,19 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Rows that find a full disk wait for the next ones."""
         new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(("step", "name", "value"))
-            writer.writerows((step, name, f"{value:.6g}") for name, value in metrics.items() if name != "epoch")
+        self._rows += [(step, name, f"{value:.6g}") for name, value in metrics.items() if name != "epoch"]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("step", "name", "value")] * new + self._rows)
+        try:
+            append(self.path, text.getvalue())
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            rank_zero_warn(f"{self.path}: {error}; its rows are kept until there is room")
+        else:
+            self._rows = []
 
     @rank_zero_only
     def forget(self, step: int) -> None:
@@ -52,3 +65,15 @@ class MetricsFile(Logger):
         kept = [rows[0], *(row for row in rows[1:] if int(row[0]) < step)]
         with self.path.open("w", newline="") as file:
             csv.writer(file).writerows(kept)
+
+
+def append(path: Path, text: str) -> None:
+    """All of the text, or nothing of it."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", newline="") as file:
+            file.write(text)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise

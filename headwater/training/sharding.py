@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from headwater.layers import Block
+from headwater.training.checkpoints import check_tensors
 
 ENTRIES = ("prepare", "hide", "ask", "predict_step")  # the methods of a Pretrainer that run the model
 
@@ -39,6 +40,7 @@ class Sharded(ModelParallelStrategy):
         model = self.lightning_module
         assert model is not None
         checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only)
+        check_tensors(checkpoint["state_dict"], model)
         whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, checkpoint.pop("state_dict"), options=whole)
         names = {p: n for n, p in model.named_parameters()}

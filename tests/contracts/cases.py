@@ -20,6 +20,7 @@ from headwater.modalities.record_turns import Template
 from headwater.modalities.record_values import Binned, Choice, FreeText
 from headwater.model import Encoder, Model
 from headwater.objectives import (
+    Anchored,
     Balanced,
     Causal,
     Contrastive,
@@ -462,12 +463,30 @@ OBJECTIVES = {
         turns=Alternate(),
         per_class=True,
     ),
+    "Anchored": lambda model: displaced(Anchored(model)),
+    "Anchored fisher": lambda model: beside_anchor(model),
     "Balanced": lambda model: Balanced(routed(model), partial(Masked, modality="audio", context=["text"], width=16), z_weight=0.1),
     "Dropped": partial(
         Dropped, inner=partial(Masked, modality="audio", ratio=0.4, context=["text"], width=16), rates={"audio": 0.2, "text": 0.5}
     ),
     "Dropped weighted": partial(Dropped, inner=partial(Weighted, parts=PARTS), rates={"action": 0.3, "text": 0.3}),
 }
+
+
+def displaced(anchored):
+    """As if the model had gone some way from where it started."""
+    with torch.no_grad():
+        for number, p in enumerate(anchored.anchor.parameters()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        for p in anchored.importance.parameters() if anchored.importance else ():
+            p.fill_(2.0)
+    return anchored
+
+
+def beside_anchor(model):
+    """What is learned anew, and a penalty that knows what mattered before."""
+    parts = {"next": Causal, "anchor": lambda m: displaced(Anchored(m, "encoders.text", fisher=True))}
+    return Weighted(model, parts, weights={"anchor": 0.01})
 
 
 def beside(model, modality, teacher, **options):

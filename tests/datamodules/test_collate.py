@@ -70,3 +70,17 @@ def test_packed_pieces_keep_the_numbers_of_the_batch():
 def test_more_pieces_than_rows_are_refused():
     with pytest.raises(ValueError, match="micro"):
         split_rows(collate(SAMPLES, ["b"]), 4)
+
+
+def test_buckets_are_filled_up_with_places_that_are_not_valid():
+    def sample(n):
+        return {"a": Tokens(torch.arange(n).float()[:, None] + 1, torch.arange(n)[:, None])}
+
+    for rows in (None, [[0, 1], [2]]):
+        plain = collate([sample(n) for n in (3, 5, 2)], ["a"], rows)["a"]
+        filled = collate([sample(n) for n in (3, 5, 2)], ["a"], rows, {"a": 8})["a"]
+        count = plain.position.shape[1]
+        assert filled.position.shape[1] == 8 * -(-count // 8)
+        assert not filled.valid[:, count:].any()
+        for a, b in zip(filled, plain, strict=True):
+            assert a is b is None or torch.equal(a[:, :count], b)
