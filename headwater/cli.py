@@ -34,6 +34,16 @@ COMMANDS = {
         "headwater.tools.generate:generate",
         "Make texts, pictures, sounds, films or actions with a backbone, given others or their own beginning",
     ),
+    "doctor": ("headwater.tools.doctor:doctor", "Print which kernels, decoders and devices this machine has, and why not"),
+    "plan": (
+        "headwater.tools.plan:plan",
+        "Print what a recipe needs on given devices, without running it: memory per rank, FLOPs, step time",
+    ),
+    "surgery": (
+        "headwater.tools.surgery:surgery",
+        "Write the backbone of a recipe as it starts: merged, grown, longer, with other ids",
+    ),
+    "soup": ("headwater.tools.surgery:soup", "Average backbones, or add what others have learned, into one backbone"),
     "recipes": ("headwater.tools.recipes:recipes", "List the recipes that ship with the package"),
 }
 

@@ -10,8 +10,6 @@ from typing import Any, get_args
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -22,25 +20,30 @@ from headwater.datamodules.datamodule import ShardDataModule
 from headwater.init import Row, audit, lines
 from headwater.position import Position
 from headwater.pretrainer import Pretrainer
+from headwater.tools import curves
+from headwater.tools import stages as plan
+from headwater.tools.built import built
 from headwater.tools.cost import longest, measure, parts_of
 from headwater.tools.decode import in_bytes
-from headwater.tools.train import INIT, explain
+from headwater.tools.train import STEPS, read_stages
 from headwater.trunk import Trunk
 
 POWERS: tuple[attention.Power, ...] = ("double backward", "forward mode", "vmap")
 
 
-def describe(recipe: str, batch: int | None = None, json: bool = False, init: bool = False) -> None:
+def describe(recipe: str, batch: int | None = None, json: bool = False, init: bool = False, plot: str | None = None) -> None:
     """Print what a recipe builds and costs, without the memory for it.
 
     Parameters, FLOPs and activations of every part in a step, the memory of a training step, and which attention kernels this
-    machine has. Samples are as long as the readers let them be, and have everything that the objective needs.
+    machine has. Samples are as long as the readers let them be, and have everything that the objective needs. Of a recipe with
+    `stages`, the plan, and the costs without what stages change.
 
     Args:
         recipe: a recipe by path or by bare name.
         batch: samples of a step on one device; None = the recipe's `data.batch_size`.
         json: print it as JSON, for programs.
         init: print how every parameter starts too.
+        plot: a picture file, for the learning rate and every other schedule over the run, or over all of its stages.
     """
     warnings.filterwarnings("ignore", message=".*batching rule.*")  # of trying what runs under vmap
     path = recipe_path(recipe)
@@ -48,30 +51,34 @@ def describe(recipe: str, batch: int | None = None, json: bool = False, init: bo
         given = yaml.safe_load(file) or {}
     pretrainer = built(given)
     rows = audit(pretrainer, pretrainer.seed, pretrainer.init) if init else []
+    runs = planned(path, given, pretrainer)
+    if plot:
+        curves.plot([curves.course(made, steps, name) for name, steps, made, _ in runs], plot)
     usual = signature(ShardDataModule).parameters["batch_size"].default
     told = {"recipe": path, **costs(pretrainer, given, batch or int((given.get("data") or {}).get("batch_size", usual)))}
+    told["rates"] = {name: curves.sums(made, steps)._asdict() for name, steps, made, _ in runs if steps}
     told["attention"] = {device: kernels(device, told["precision"], head_size(pretrainer)) for device in devices()}
     if json:
+        told["stages"] = [line._asdict() for *_, line in runs if line]
         print(dumps(told | ({"init": [row._asdict() for row in rows]} if init else {}), indent=1))
     else:
+        plan.show([line for *_, line in runs if line])
         wide = None if sys.stdout.isatty() else 160
         show(told, rows, Console(width=wide, markup=False, emoji=False, highlight=False, soft_wrap=True))
 
 
-def built(recipe: dict[str, Any], device: str = "meta") -> Pretrainer:
-    """The recipe's model and objective; on the meta device where all of its parts can be built there."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(Pretrainer, "model")
-    parser.set_defaults(INIT)
-    try:
-        parsed = parser.parse_object({"model": recipe.get("model") or {}})
-    except ArgumentError as error:
-        raise ValueError(explain(str(error))) from error
-    try:
-        with torch.device(device):
-            return parser.instantiate_classes(parsed)["model"]
-    except NotImplementedError:  # a library that moves its weights while it builds them
-        return parser.instantiate_classes(parsed)["model"]
+def planned(
+    path: str, recipe: dict[str, Any], pretrainer: Pretrainer
+) -> list[tuple[str, int | None, Pretrainer, plan.Line | None]]:
+    """Of every stage: name, steps, what it builds, its line of the plan. Of a run without stages: itself, without a line."""
+    stages = plan.stages_of(recipe)
+    if not stages:
+        steps = int((recipe.get("trainer") or {}).get("max_steps", STEPS))
+        return [("", steps if steps > 0 else None, pretrainer, None)]
+    found, made = read_stages(["fit", "--config", path], stages)
+    steps_of = [run.trainer.max_steps if run.trainer.max_steps > 0 else None for run in found]
+    lines = [plan.line(stages, k, run, made[k]) for k, run in enumerate(found)]
+    return list(zip((stage.name for stage in stages), steps_of, made, lines, strict=True))
 
 
 def costs(pretrainer: Pretrainer, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -176,6 +183,8 @@ def show(told: dict[str, Any], rows: list[Row], console: Console) -> None:
     pieces = f"{told['micro']} pieces, one of which has the activations. " if told["micro"] > 1 else ""
     memory = ", ".join(f"{name} {'unknown' if n is None else in_bytes(n)}" for name, n in told["memory"].items())
     console.print(f"FLOPs are per sample. {pieces}Memory of a step: {memory}")
+    for name, found in told["rates"].items():
+        console.print(f"Sum of the learning rates{name and f' of {name}'} (S1) {found['s1']:.4g}, annealed (S2) {found['s2']:.4g}")
     for note in told["notes"]:
         console.print(note)
     for device, found in told["attention"].items():

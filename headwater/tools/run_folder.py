@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from headwater import hub
+from headwater import distributed, hub
 from headwater.evaluation.figures import contact_sheet, loss_plot
 from headwater.evaluation.results import Result
 from headwater.hub.card import model_of
 from headwater.model import Model
+from headwater.training.checkpoints import Checkpoints
 from headwater.training.metrics import MetricsFile
 from headwater.training.sharding import Sharded
 
 SUMMARY = "summary.json"
-LAST = "checkpoints/last.ckpt"
+CHECKPOINTS = "checkpoints"
+LAST = f"{CHECKPOINTS}/last.ckpt"
+BEGAN = time.monotonic()  # about when the process did
 
 
 def new_folder(root: Path, recipe: str) -> Path:
@@ -56,51 +63,113 @@ def unfinished(root: Path, recipe: str) -> Path:
 class RunFolder(pl.Callback):
     """Writes checkpoints, the exported backbone, pictures and the summary.
 
-    On SIGTERM or Ctrl-C the step in progress is finished and a checkpoint is written, from which --resume goes on.
+    On SIGTERM or Ctrl-C of any rank, and after `stop_after`, the step in progress is finished on all ranks, and a validation
+    that is due, a checkpoint is written, and the run ends with status 143; --resume goes on from there.
 
     Args:
         folder: of the run.
         every: steps between checkpoints.
+        stop_after: how long the process may live, as a scheduler grants it; None = as long as it takes.
+        keep: newest checkpoints that are kept.
     """
 
-    def __init__(self, folder: str | Path, every: int = 200) -> None:
-        self.folder, self.every = Path(folder), every
+    def __init__(self, folder: str | Path, every: int = 200, stop_after: timedelta | None = None, keep: int = 2) -> None:
+        if every < 1:
+            raise ValueError(f"found {every} steps between checkpoints; expected 1 or more")
+        self.folder, self.every, self.stop_after = Path(folder), every, stop_after
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, keep)
+        self.asked = self.agreed = False  # to stop: this rank was, and all ranks know
+
+    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lightning's own answer to SIGTERM begins a collective, wherever this rank happens to be."""
+        trainer._signal_connector._sigterm_notifier_fn = self.stop
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.forget(trainer.global_step)
-        signal.signal(signal.SIGINT, stop_after_this_step)
+        if trainer.is_global_zero:
+            self.checkpoints.begin(trainer.global_step)
+        self.listen()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def listen(self) -> None:
+        """Signals ask for an orderly end."""
+        signal.signal(signal.SIGINT, self.stop)
+        signal.signal(signal.SIGTERM, self.stop)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def stop(self, number: int, frame: Any) -> None:
+        """The first Ctrl-C asks for an orderly end, as SIGTERM does; the second stops at once, without a checkpoint."""
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if distributed.rank() == 0:
+                print("finishing this step to write a checkpoint; once more stops at once", flush=True)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.checkpoints.look()
         if trainer.global_step % self.every == 0:
             self.save(trainer)
+        late = self.stop_after is not None and time.monotonic() - BEGAN > self.stop_after.total_seconds()
+        self.agreed = somewhere(trainer, self.asked or late)
+        self.end_after_this_step(trainer, self.agreed)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.end_after_this_step(trainer, False)  # half a validation could not go on
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is written
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.end_after_this_step(trainer, self.agreed)
+
+    def end_after_this_step(self, trainer: Any, yes: bool) -> None:
+        """Whether Lightning raises SIGTERMException once the step is logged."""
+        trainer._signal_connector.received_sigterm = yes
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if isinstance(exception, SIGTERMException) and trainer.training and trainer.global_step:
-            self.save(trainer)
-            print(f"stopped at step {trainer.global_step}; go on with the same command and --resume {self.folder}", flush=True)
+        self.hear_no_more()
+        if isinstance(exception, SIGTERMException) and self.agreed:
+            self.save(trainer, wait=True)
+            if trainer.is_global_zero:
+                print(f"stopped at step {trainer.global_step}; go on with the same command and --resume {self.folder}", flush=True)
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write the checkpoint under another name, then rename it: a full disk or a kill leaves the last good one."""
-        target = self.folder / LAST
-        partial = target.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)  # with the optimizer; tensors and plain types only
+    def hear_no_more(self) -> None:
+        """From here on signals end the process."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def save(self, trainer: Any, wait: bool = False) -> None:
+        """Collect the state of the run from all ranks; the first writes it while training goes on.
+
+        wait: until it is written. OSError on all ranks when it cannot be.
+        """
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # with the optimizer
         if trainer.is_global_zero:
-            os.replace(partial, target)
+            self.checkpoints.write(trainer.global_step, state)
+        if not wait:
+            return
+        self.checkpoints.wait()
+        if somewhere(trainer, self.checkpoints.failed is not None):
+            raise OSError(
+                f"the checkpoint of step {trainer.global_step} could not be written to {self.checkpoints.folder}: "
+                f"{self.checkpoints.failed or 'see what the first rank says'}. Make room; --resume {self.folder} then goes on from "
+                "the one before it"
+            )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.interrupted:
             return
-        self.save(trainer)
+        self.listen()  # until all is written: Lightning listens no more
+        self.save(trainer, wait=True)
         model = whole(trainer, pl_module.backbone)
         if trainer.is_global_zero:
-            note = hub.provenance(pl_module, trainer.datamodule, self.folder / "config.yaml")
+            config = self.folder / "config.yaml"  # what the command line writes
+            note = hub.provenance(pl_module, trainer.datamodule, config if config.exists() else None)
             hub.save_backbone(model, self.folder / "backbone", note | {"step": trainer.global_step, "run": self.folder.name})
+        self.hear_no_more()
+        if somewhere(trainer, self.asked):
+            raise SIGTERMException
 
     def finish(self, trainer: Any) -> dict[str, Any]:
         """After evaluation: pictures, what was skipped, and the summary that marks the run as finished."""
@@ -141,11 +210,9 @@ def whole(trainer: pl.Trainer, model: Model) -> Model:
     return copy
 
 
-def stop_after_this_step(number: int, frame: Any) -> None:
-    """The first Ctrl-C asks for an orderly end, as SIGTERM does; the second stops at once, without a checkpoint."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    print("finishing this step to write a checkpoint; once more stops at once", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
+def somewhere(trainer: Any, here: bool) -> bool:
+    """Is it so on any rank? Called on all of them."""
+    return bool(distributed.total(torch.tensor(float(here), device=trainer.strategy.root_device)))
 
 
 def results_of(trainer: Any) -> list[Result]:

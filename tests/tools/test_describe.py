@@ -14,10 +14,14 @@ from headwater.init import Normal
 from headwater.modalities import Image, Text
 from headwater.model import Model
 from headwater.objectives import Contrastive, Masked, Weighted
+from headwater.objectives.contrast.soft_positives import Momentum
 from headwater.objectives.objective import Objective, Term, weighted_sum
+from headwater.objectives.weighted import Draw
 from headwater.pretrainer import Pretrainer
+from headwater.tools import curves
 from headwater.tools.cost import ROWS, example, longest, measure, stretch
 from headwater.tools.describe import built, describe, kernels
+from headwater.training.schedules import WSD, Geometric, HalfCosine, Linear, Step
 from headwater.trunk import Trunk
 
 
@@ -222,3 +226,50 @@ def test_examples_are_stretched_to_the_longest_sample():
     one = stretch(reader.example(1, 0)[0], 40)
     assert one.position[:, 0].tolist() == list(range(40))
     assert one.x.shape == (40,)
+
+
+def test_every_schedule_of_a_run_is_found_and_drawn(tmp_path):
+    weights = {"mask": Linear(1.0, 0.5), "pair": lambda progress: 2 * progress}
+    parts = {"mask": partial(Masked, ratio={"image": Linear(0.9, 0.1)}, context=["text"], mode="substitute"), "pair": Contrastive}
+    model = Model(
+        {"image": Image(Trunk(32, depth=1), size=32), "text": Text(Trunk(32, depth=1), length=16)},
+        lambda w: JointTokens(w, Trunk(32, depth=1)),
+    )
+    share = partial(Contrastive, positives=partial(Momentum, share=Geometric(0.4, 0.1)), momentum=HalfCosine(0.9))
+    turns = Draw({"pair": Step(1.0, 0.0, 0.5)})
+    pretrainer = Pretrainer(
+        model,
+        partial(Weighted, parts=parts | {"soft": share}, weights=weights, turns=turns),
+        optimizer=partial(torch.optim.AdamW, lr=0.1, weight_decay=0.2),
+        schedule=WSD(0.1, 0.5),
+        weight_decay=Linear(1.0, 0.0),
+    )
+    found = curves.course(pretrainer, 10, "all")
+    assert found.values["learning rate"] == pytest.approx([0.1] * 5 + [0.08, 0.06, 0.04, 0.02, 0])
+    assert found.values["weight decay"] == pytest.approx([0.2 * (1 - k / 10) for k in range(1, 11)])
+    ends = {name: (values[0], values[-1]) for name, values in found.values.items() if name.startswith("objective.")}
+    assert ends == {
+        "objective.parts.mask.ratio.image": pytest.approx((0.9, 0.18)),
+        "objective.weights.mask": pytest.approx((1.0, 0.55)),
+        "objective.weights.pair": pytest.approx((0, 1.8)),
+        "objective.turns.shares.pair": (1.0, 0.0),
+        "objective.parts.soft.momentum": pytest.approx((0.9, HalfCosine(0.9)(0.9))),
+        "objective.parts.soft.positives.share": pytest.approx((0.4, 0.4 * 0.25**0.9)),
+    }
+    rates = [0.1 * WSD(0.1, 0.5)((k + 1) / 10) for k in range(10)]
+    assert curves.sums(pretrainer, 10).s1 == pytest.approx(sum(rates))
+    assert len(curves.course(pretrainer, 5000).at) == curves.POINTS
+    curves.plot([found, curves.course(pretrainer, 20, "more")], str(tmp_path / "all.png"))
+    curves.plot([curves.course(pretrainer, None)], str(tmp_path / "time.png"))
+    for name in ("all", "time"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_is_described_stage_by_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    describe("stages", batch=2, json=True, plot="plan.png")
+    told = json.loads(capsys.readouterr().out)
+    assert [line["stage"] for line in told["stages"]] == ["begin", "mix", "decay"]
+    assert told["rates"]["decay"]["s1"] == pytest.approx(0.001 * sum(k / 100 for k in range(100)))
+    assert told["rates"]["begin"]["s2"] == 0
+    assert (tmp_path / "plan.png").stat().st_size > 5000
