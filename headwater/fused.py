@@ -1,8 +1,8 @@
 """Which kernels the fused operations run on: NVIDIA's apex where it is installed and serves them, else torch's own.
 
 An op is resolved when it is called, and imports nothing but its own part of apex. Ops run on torch unless the callback `Fused` of
-headwater.training, which every run has where apex is installed, or `preferring`, says otherwise. What asks for apex and does not get
-it runs on torch and says why, once.
+headwater.training, which every run has where apex is installed, or `preferring`, says otherwise. What asks for apex and does not
+get it runs on torch and says why, once.
 Signatures and formulas are the same for every backend: what differs between apex and torch (defaults, forms of state) is
 evened out here. Facts of apex are from https://github.com/NVIDIA/apex.
 """

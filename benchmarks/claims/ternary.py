@@ -24,7 +24,7 @@ from headwater.objectives import Causal
 from headwater.objectives.objective import Batch, Term
 from headwater.training.schedules import Points, Step
 
-STEPS, RATE, SWITCH, SMOOTH = 400, 5e-3, 0.2, 5  # chosen on seed 100; the switch as a share of the run
+STEPS, RATE, SWITCH, SMOOTH = 400, 1e-2, 0.2, 5  # chosen on seed 100; the switch as a share of the run
 
 
 class Told(Causal):

@@ -6,6 +6,8 @@ import atexit
 import faulthandler
 import os
 import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +260,14 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, 2)  # with which the watchdog asks a worker where it is
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+
+
+def follow(parent: int) -> None:
+    """End when the process that started this one is gone, even if a read never returns."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def folder(path: str, like: Source) -> tuple[dict[str, Source], dict[str, Source]]:

@@ -21,6 +21,7 @@ from headwater.evaluation.figures import contact_sheet, loss_plot
 from headwater.evaluation.results import Result
 from headwater.hub.card import model_of
 from headwater.model import Model
+from headwater.training.averaging import kept
 from headwater.training.checkpoints import Checkpoints
 from headwater.training.metrics import MetricsFile
 from headwater.training.sharding import Sharded
@@ -162,11 +163,12 @@ class RunFolder(pl.Callback):
             return
         self.listen()  # until all is written: Lightning listens no more
         self.save(trainer, wait=True)
-        model = whole(trainer, pl_module.backbone)
+        model = whole(trainer, kept(pl_module))
         if trainer.is_global_zero:
             config = self.folder / "config.yaml"  # what the command line writes
             note = hub.provenance(pl_module, trainer.datamodule, config if config.exists() else None)
-            hub.save_backbone(model, self.folder / "backbone", note | {"step": trainer.global_step, "run": self.folder.name})
+            note |= {"step": trainer.global_step, "run": self.folder.name, "average": kept(pl_module) is not pl_module.backbone}
+            hub.save_backbone(model, self.folder / "backbone", note)
         self.hear_no_more()
         if somewhere(trainer, self.asked):
             raise SIGTERMException
