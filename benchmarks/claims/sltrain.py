@@ -27,7 +27,7 @@ from headwater.trunk import Trunk
 
 LENGTH, TEXTS, STEPS, BATCH = 48, 12000, 400, 48
 RANK, DENSITY, LOW = 6, 0.06, 9  # of the sparse and low-rank weights; rank of the control
-RATES = {"full rank": 1e-2, "low rank": 2e-2, "sparse + low rank": 2e-2}
+RATES = {"full rank": 2e-2, "low rank": 2e-2, "sparse + low rank": 4e-2}
 
 
 def writer(forms: Sequence[Form]) -> Model:

@@ -116,7 +116,6 @@ def moving(states, momentum):
         ({"latest": 2, "every": 3}, lambda s: mean(s[2::3])),
         ({"latest": 9}, mean),
     ],
-    ids=str,
 )
 def test_it_is_the_average_of_what_the_backbone_was(shards, options, expected):
     notes = Notes()

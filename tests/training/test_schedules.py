@@ -96,7 +96,7 @@ def test_every_schedule_is_checked_and_exported():
     assert {c.__name__ for c in every} <= set(training.__all__)
 
 
-@pytest.mark.parametrize("schedule", [WSD(0.1, 0.2), Infinite(0.1, 0.2), InverseSqrt(0.1), Cosine(0.1), Rewarm()], ids=repr)
+@pytest.mark.parametrize("schedule", [WSD(0.1, 0.2), Infinite(0.1, 0.2), InverseSqrt(0.1), Cosine(0.1), Rewarm()])
 def test_parts_join_without_a_jump(schedule):
     values = [schedule(k / 10000) for k in range(10001)]
     assert max(abs(a - b) for a, b in pairwise(values)) < 0.01

@@ -156,7 +156,6 @@ def test_optimizer_state_goes_by_name(shards, tmp_path):
         (["objective"], {"parts": {"mask": runs.UNCOUPLED["mask"]}}, ["objective of", "unexpected", "out of `carry`"]),
         (["average"], {}, ["keeps no average", "out of `carry`"]),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_named(shards, tmp_path, carry, options, words):
     fit(shards, tmp_path / "before.ckpt", 1)

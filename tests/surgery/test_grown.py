@@ -233,7 +233,6 @@ def test_cores_learn_are_saved_and_become_plain_weights(tmp_path):
         (partial(Growing, width=32), "one for keys and values"),
         (grown, "expected Growing"),
     ],
-    ids=str,
 )
 def test_what_cannot_grow_is_refused(grow, message):
     with pytest.raises(ValueError, match=message):
