@@ -40,14 +40,14 @@ class Pretrainer(pl.LightningModule):
         backbone: what is trained and exported.
         objective: built around the backbone; thrown away after training.
         optimizer: made from parameter groups; None = torch.optim.AdamW.
-        groups: what is treated alike, with which rate and decay; None = Groups(): matrices decay, the rest does not.
         schedule: factor on the learning rate as a function of progress; None = Cosine().
-        weight_decay: factor on the weight decay of every group as a function of progress; None = it stays.
         micro: pieces per batch.
         clip: largest norm of the gradient; 0 = no bound.
         seed: of everything random outside the data.
         init: how parameters start (Normal, FanIn, MuP), as a function of `seed` alone, and how fast each learns; weights of other
             libraries stay. None = all stay as they were built or loaded. Recipes on the command line have Normal.
+        groups: what is treated alike, with which rate and decay; None = Groups(): matrices decay, the rest does not.
+        weight_decay: factor on the weight decay of every group as a function of progress; None = it stays.
         guard: what becomes of steps that are not finite, and of spikes; None = Guard().
         start: what is taken over from an earlier run; None = nothing.
     """
@@ -59,13 +59,13 @@ class Pretrainer(pl.LightningModule):
         backbone: Model,
         objective: Callable[[Model], Objective],
         optimizer: OptimizerCallable | None = None,
-        groups: Groups | None = None,
         schedule: Schedule | None = None,
-        weight_decay: Schedule | None = None,
         micro: int = 1,
         clip: float = 1.0,
         seed: int = 0,
         init: Normal | None = None,
+        groups: Groups | None = None,
+        weight_decay: Schedule | None = None,
         guard: Guard | None = None,
         start: Start | None = None,
     ) -> None:
@@ -236,7 +236,7 @@ class Pretrainer(pl.LightningModule):
         """How to make the backbone again, so that its weights can be loaded from a checkpoint alone."""
         checkpoint["model"] = self.backbone.spec
         checkpoint["guard"] = self.guard.state_dict()
-        if self.trainer.optimizers:
+        if self.asked:
             checkpoint["optimizer"] = record(self, self.trainer.optimizers[0], self.asked)
             self.guard.remember(self)
 

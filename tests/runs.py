@@ -26,7 +26,13 @@ from headwater.trunk import Trunk
 
 UNCOUPLED = {"mask": partial(Masked, ratio=0.5, width=16), "next": partial(Causal, prefix=["image"])}
 COUPLED = {**UNCOUPLED, "pair": Contrastive}
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def write_pairs(folder):

@@ -56,7 +56,8 @@ def test_the_route_over_lengths_equals_the_dense_one(name, monkeypatch):
 
     def formula(q, k, v, ends, ends_k, longest, longest_k):
         assert torch.equal(ends, ends_k)
-        assert longest == longest_k == int((ends[1:] - ends[:-1]).max())
+        most = int((ends[1:] - ends[:-1]).max())
+        assert most <= longest == longest_k < 2 * most  # a bound, so that compiled code meets few of them
         runs = zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
         return torch.cat(
             [

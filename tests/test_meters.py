@@ -5,15 +5,12 @@ import math
 import warnings
 from functools import partial
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
+import runs
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import functional as F
 
-from headwater import distributed
 from headwater.datamodules.datamodule import ShardDataModule, Source
 from headwater.datamodules.writer import ShardWriter
 from headwater.modalities import Text
@@ -25,10 +22,7 @@ from headwater.training import meters
 from headwater.training.meters import Meters
 from headwater.training.metrics import MetricsFile
 from headwater.training.schedules import constant
-from headwater.training.sharding import Sharded
 from headwater.trunk import Trunk
-
-QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
 def unit(*shape):
@@ -105,21 +99,6 @@ def shards(tmp_path_factory):
     return str(folder)
 
 
-class OneOfTwo(LightningEnvironment):
-    creates_processes_externally = True
-
-    def world_size(self):
-        return distributed.world()
-
-    def global_rank(self):
-        return distributed.rank()
-
-    local_rank = global_rank
-
-    def node_rank(self):
-        return 0
-
-
 def fit(shards, callbacks=(), steps=4, sharded=False, folder=None, pack=None, break_it=False, **options):
     """The callbacks and the trained parameters of a short run on texts."""
     torch.manual_seed(0)
@@ -127,20 +106,8 @@ def fit(shards, callbacks=(), steps=4, sharded=False, folder=None, pack=None, br
     if break_it:
         torch.nn.init.zeros_(model.projections["text"].weight)
     pretrainer = Pretrainer(model, Causal, schedule=constant, optimizer=partial(torch.optim.SGD, lr=0.1))
-    strategy = "auto"
-    if distributed.world() > 1:
-        strategy = Sharded() if sharded else DDPStrategy(find_unused_parameters=True)
-        strategy.cluster_environment = OneOfTwo()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=list(callbacks),
-        devices=distributed.world(),
-        strategy=strategy,
-        use_distributed_sampler=False,
-        logger=MetricsFile(folder) if folder else False,
-        **QUIET,
-        **options,
-    )
+    logger = MetricsFile(folder) if folder else False
+    trainer = runs.trainer(steps, sharded, callbacks=list(callbacks), logger=logger, **options)
     trainer.fit(pretrainer, ShardDataModule(train={"texts": Source(shards)}, batch_size=9, workers=0, pack=pack))
     found = [c for c in trainer.callbacks if isinstance(c, Meters)]
     return found, {n: p.detach() for n, p in pretrainer.named_parameters()}

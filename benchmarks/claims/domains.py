@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import random
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 
 from benchmarks.claims import trial
-from benchmarks.claims.prose import SKIPPED, members, passages, prose
+from benchmarks.claims.prose import SKIPPED, divided, members, prose
 from headwater import init
 from headwater.datamodules.datamodule import ShardDataModule
 from headwater.datamodules.sources import Source
@@ -55,20 +54,7 @@ def modules() -> list[str]:
 
 def code(seed: int, length: int, held_out: float = 0.1) -> tuple[list[str], list[str]]:
     """Passages to train on, and passages of other modules, each in an order that the seed draws; see `prose`."""
-    order = list(modules())
-    random.Random(seed).shuffle(order)
-    total, size = sum(map(len, order)), 0
-    parts: tuple[list[str], list[str]] = [], []
-    seen: set[str] = set()
-    for text in order:
-        size += len(text)
-        for passage in passages(text, length):
-            if len(passage) >= length / 4 and passage not in seen:
-                seen.add(passage)
-                parts[size <= held_out * total].append(passage)
-    for part in parts:
-        random.Random(seed).shuffle(part)
-    return parts
+    return divided(modules(), seed, length, held_out)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import ast
 import inspect
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,7 +68,12 @@ def prose(seed: int, length: int = 256, held_out: float = 0.1) -> tuple[list[str
     length: the most characters of a passage; those below a quarter of it are left out. held_out: share of the characters. A
     passage that stands in several documents is kept once.
     """
-    order = list(documents())
+    return divided(documents(), seed, length, held_out)
+
+
+def divided(documents: Iterable[str], seed: int, length: int, held_out: float) -> tuple[list[str], list[str]]:
+    """Passages of the later documents in an order that the seed draws, and of the first ones; see `prose`."""
+    order = list(documents)
     random.Random(seed).shuffle(order)
     total, size = sum(map(len, order)), 0
     parts: tuple[list[str], list[str]] = [], []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from headwater.init import ZERO, Rule
 from headwater.model import Model
 from headwater.objectives.objective import Batch, Objective, Term, weighted_sum
 from headwater.teacher import Teacher
@@ -62,6 +63,9 @@ class Anchored(Objective):
         self.anchor = Teacher(model)
         self.importance = Teacher(model) if fisher else None
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64) if fisher else None)
+
+    def init_rules(self) -> dict[str, Rule]:
+        return {} if self.samples is None else {"samples": ZERO}
 
     def held(self, module: nn.Module, like: nn.Module) -> list[Tensor]:
         """The parameters of `module` whose namesakes in `like` are held."""

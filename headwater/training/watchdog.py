@@ -48,6 +48,8 @@ class Watchdog(pl.Callback):
         if not 0 < patience < end:
             raise ValueError(f"found patience={patience} and end={end} seconds; expected 0 < patience < end")
         self.patience, self.end = patience, end
+        self.rank, self.world = 0, 1  # until `setup` is told
+        self.store: Any = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -56,7 +58,6 @@ class Watchdog(pl.Callback):
         faulthandler.unregister(STACKS)  # else it takes no notice that Lightning put the default back after an earlier fit
         faulthandler.register(STACKS, 2)  # forked workers inherit it
         self.rank, self.world = trainer.global_rank, trainer.world_size
-        self.store: Any = None
         if self.world > 1:
             self.store = dist.distributed_c10d._get_default_store().clone()  # a connection of our own: collectives wait on theirs
             self.store.set_timeout(timedelta(seconds=10))
@@ -99,7 +100,7 @@ class Watchdog(pl.Callback):
         self.told = False
         if self.since - self.armed > self.LATER / 4:  # seldom, because it starts a thread
             self.armed = self.since
-            faulthandler.dump_traceback_later(self.end + self.LATER, exit=True)
+            faulthandler.dump_traceback_later(self.end + self.LATER, exit=True, file=2)
 
     def stop(self) -> None:
         """Watch no more."""

@@ -1,12 +1,11 @@
 import lightning.pytorch as pl
 import pytest
+import runs
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
-from headwater import cli, distributed
+from headwater import cli
 from headwater.datamodules.datamodule import ShardDataModule, Source
 from headwater.datamodules.writer import ShardWriter
 from headwater.hub import load_backbone
@@ -16,33 +15,7 @@ from headwater.objectives import Causal
 from headwater.pretrainer import Pretrainer
 from headwater.training.averaging import Average, kept
 from headwater.training.schedules import Linear, constant
-from headwater.training.sharding import Sharded
 from headwater.trunk import Trunk
-
-QUIET = {
-    "num_sanity_val_steps": 0,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-class OneOfTwo(LightningEnvironment):
-    """The group exists already: `ranks` made it."""
-
-    creates_processes_externally = True
-
-    def world_size(self):
-        return distributed.world()
-
-    def global_rank(self):
-        return distributed.rank()
-
-    local_rank = global_rank
-
-    def node_rank(self):
-        return 0
 
 
 class Notes(pl.Callback):
@@ -79,12 +52,7 @@ def fit(shards, average, steps=6, sharded=False, checkpoint=None, save=None, cal
     pretrainer = Pretrainer(model, Causal, lambda groups: torch.optim.SGD(groups, lr=0.5, momentum=0.9), schedule=constant)
     held = {"held": Source(shards)} if validate else None
     data = ShardDataModule(train={"texts": Source(shards)}, held_out=held, batch_size=4, workers=0)
-    strategy = "auto"
-    if distributed.world() > 1:
-        strategy = Sharded() if sharded else DDPStrategy(find_unused_parameters=True)
-        strategy.cluster_environment = OneOfTwo()
-    options = {"accelerator": "cpu", "devices": distributed.world(), "strategy": strategy, "use_distributed_sampler": False}
-    trainer = pl.Trainer(max_steps=steps, callbacks=[average, *callbacks], **options, **QUIET, **more)
+    trainer = runs.trainer(steps, sharded, callbacks=[average, *callbacks], **more)
     trainer.fit(pretrainer, data, ckpt_path=checkpoint, weights_only=True)
     if save:
         trainer.save_checkpoint(save)

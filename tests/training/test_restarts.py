@@ -4,14 +4,12 @@ from functools import partial
 
 import lightning.pytorch as pl
 import pytest
+import runs
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
-from headwater import distributed
 from headwater.datamodules.datamodule import ShardDataModule, Source
 from headwater.datamodules.writer import ShardWriter
 from headwater.forms import NVFP4, LoRA, LowRank, Masked, SparseLowRank, Ternary
@@ -23,10 +21,8 @@ from headwater.objectives.objective import Schedule
 from headwater.pretrainer import Pretrainer
 from headwater.training import Jagged, Restarts
 from headwater.training.schedules import Cosine, Linear, Step, constant
-from headwater.training.sharding import Sharded
 from headwater.trunk import Trunk
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 FORMS = {
     "ReLoRA": lambda: [LoRA(rank=2)],
     "LowRank": lambda: [LowRank(rank=3)],
@@ -36,23 +32,6 @@ FORMS = {
     "NVFP4": lambda: [NVFP4()],
 }
 RESTART = ("ReLoRA", "LowRank", "Ternary")
-
-
-class OneOfTwo(LightningEnvironment):
-    """The group exists already: `ranks` made it."""
-
-    creates_processes_externally = True
-
-    def world_size(self):
-        return distributed.world()
-
-    def global_rank(self):
-        return distributed.rank()
-
-    local_rank = global_rank
-
-    def node_rank(self):
-        return 0
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +50,8 @@ def fit(shards, name, steps=6, until=None, checkpoint=None, sharded=False):
         model, Causal, partial(torch.optim.AdamW, lr=0.003, eps=1e-5), schedule=Jagged(constant, 2), init=Normal(0.2)
     )
     data = ShardDataModule(train={"texts": Source(shards)}, batch_size=5, workers=0)
-    strategy = "auto"
-    if distributed.world() > 1:
-        strategy = Sharded() if sharded else DDPStrategy(find_unused_parameters=True)
-        strategy.cluster_environment = OneOfTwo()
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=distributed.world(),
-        strategy=strategy,
-        use_distributed_sampler=False,
-        callbacks=[*([Restarts(every=3)] if name in RESTART else []), *([Until(until)] if until else [])],
-        **QUIET,
-    )
+    callbacks = [*([Restarts(every=3)] if name in RESTART else []), *([Until(until)] if until else [])]
+    trainer = runs.trainer(steps, sharded, callbacks=callbacks)
     resumed = checkpoint is not None and checkpoint.exists()
     trainer.fit(pretrainer, data, ckpt_path=checkpoint if resumed else None, weights_only=True)
     if checkpoint is not None:
@@ -134,7 +102,7 @@ def test_restarts_want_something_to_restart(shards):
     with pytest.raises(ValueError, match="every=0"):
         Restarts()
     model = Model({"text": Text(Trunk(16, 1, 2), length=24)})
-    trainer = pl.Trainer(max_steps=1, accelerator="cpu", callbacks=[Restarts(every=1)], **QUIET)
+    trainer = runs.trainer(1, callbacks=[Restarts(every=1)])
     with pytest.raises(ValueError, match="nothing to restart"):
         trainer.fit(Pretrainer(model, Causal), ShardDataModule(train={"texts": Source(shards)}, batch_size=5, workers=0))
 
