@@ -138,6 +138,5 @@ def test_checkpoints_go_from_one_process_to_shares_and_back(ranks, shards, tmp_p
     a, b = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (straight, changing))
     assert_close(b["state_dict"], a["state_dict"], rtol=1e-3, atol=1e-4)
     moments = [{i: s["momentum_buffer"] for i, s in ckpt["optimizer_states"][0]["state"].items()} for ckpt in (a, b)]
-    unused = {i: moments[1].pop(i) for i in moments[1].keys() - moments[0].keys()}  # shares give every parameter a state
-    assert not any(m.any() for m in unused.values())
+    assert moments[0].keys() == moments[1].keys()  # what was never used has none
     assert_close(moments[1], moments[0], rtol=1e-3, atol=1e-5)

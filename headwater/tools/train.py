@@ -47,6 +47,9 @@ class HeadwaterCLI(LightningCLI):
 
     def __init__(self, given: list[str], stage: tuple[Path, bool] | None = None) -> None:
         self.given, self.stage = given, stage
+        warnings.filterwarnings(
+            "ignore", message=".*args parameter is intended to run from within Python.*"
+        )  # stages have their own
         super().__init__(
             Pretrainer,
             ShardDataModule,
@@ -234,7 +237,6 @@ def run(given: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*Total length of.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # teachers, and what is frozen
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")  # stages have their own
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if _later_rank() and FOLDER in os.environ:
         end_with_parent()

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from headwater.layers import Block
 from headwater.training.checkpoints import check_tensors
 
+WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 ENTRIES = ("prepare", "hide", "ask", "predict_step")  # the methods of a Pretrainer that run the model
 
 
@@ -41,16 +42,29 @@ class Sharded(ModelParallelStrategy):
         assert model is not None
         checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only)
         check_tensors(checkpoint["state_dict"], model)
-        whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, checkpoint.pop("state_dict"), options=whole)
+        set_model_state_dict(model, checkpoint.pop("state_dict"), options=WHOLE)
         names = {p: n for n, p in model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             ours = [names[p] for group in optimizer.param_groups for p in group["params"]]
             name = dict(zip((i for group in saved["param_groups"] for i in group["params"]), ours, strict=True))
-            groups = [{**group, "params": [name[i] for i in group["params"]]} for group in saved["param_groups"]]
-            state: dict[str, Any] = {"state": {name[i]: value for i, value in saved["state"].items()}, "param_groups": groups}
-            set_optimizer_state_dict(model, optimizer, state, options=replace(whole, strict=False))
+            share_state(model, optimizer, {name[i]: value for i, value in saved["state"].items()})
+            for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                group |= {key: value for key, value in before.items() if key != "params"}
         return checkpoint
+
+
+def share_state(model: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]]) -> None:
+    """State by the name of the parameter, in whole tensors, into an optimizer of shares; the others have none, settings stay."""
+    names = {p: n for n, p in model.named_parameters()}
+    kept = [dict(group) for group in optimizer.param_groups]
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in kept]
+    whole: dict[str, Any] = {"state": states, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, whole, options=replace(WHOLE, strict=False))
+    for group, before in zip(optimizer.param_groups, kept, strict=True):
+        group |= before  # the way through makes lists of tuples
+        for p in group["params"]:
+            if names[p] not in states:
+                optimizer.state.pop(p, None)  # else its steps would count from here on
 
 
 StrategyRegistry.register("fsdp2", Sharded, description="FSDP2: parameters, gradients and optimizer state shared by all ranks")

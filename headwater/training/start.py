@@ -16,15 +16,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
 from headwater.training.averaging import Average
-from headwater.training.sharding import Sharded
+from headwater.training.sharding import Sharded, share_state
 
 Part = Literal["model", "objective", "optimizer", "average", "data"]
 LAST = "checkpoints/last.ckpt"  # within a run folder
 GIVEN = ("params", "lr", "initial_lr", "weight_decay", "initial_weight_decay")  # what schedules change in a group
-WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)  # unused parameters have no state
 
 
 class Start:
@@ -142,13 +140,10 @@ def by_name(record: dict[str, Any], saved: dict[str, Any]) -> tuple[dict[str, di
 
 def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]]) -> None:
     """State by the name of the parameter, in whole tensors, into an optimizer whose settings stay; the others begin anew."""
-    every = names(optimizer, dict(module.named_parameters()))
     if isinstance(module.trainer.strategy, Sharded):
-        groups = [{**group, "params": own} for group, own in zip(optimizer.param_groups, every, strict=True)]
-        state: dict[str, Any] = {"state": states, "param_groups": groups}
-        set_optimizer_state_dict(module, optimizer, state, options=WHOLE)
+        share_state(module, optimizer, states)
         return
-    whole = optimizer.state_dict()
+    every, whole = names(optimizer, dict(module.named_parameters())), optimizer.state_dict()
     whole["state"] = {i: deepcopy(states[name]) for i, name in enumerate(chain.from_iterable(every)) if name in states}
     optimizer.load_state_dict(whole)
 

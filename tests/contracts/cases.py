@@ -463,7 +463,7 @@ OBJECTIVES = {
         turns=Alternate(),
         per_class=True,
     ),
-    "Anchored": lambda model: displaced(Anchored(model)),
+    "Anchored": lambda model: displaced(Anchored(model, "encoders.text")),
     "Anchored fisher": lambda model: beside_anchor(model),
     "Balanced": lambda model: Balanced(routed(model), partial(Masked, modality="audio", context=["text"], width=16), z_weight=0.1),
     "Dropped": partial(

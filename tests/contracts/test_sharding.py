@@ -102,8 +102,7 @@ def test_every_objective_with_its_teachers_and_queues(ranks, name):
     check(ranks, "JointTokens", name)
 
 
-FAMILIES = {"Contrastive sigmoid", "Masked projection", "Causal prefix", "Flow context", "DiscreteDiffusion context"}
-FAMILIES |= {"Latent", "SelfDistillation", "JointEmbedding", "Reconstructed"} & cases.OBJECTIVES.keys()
+FAMILIES = {"Contrastive sigmoid", "Masked projection", "Causal prefix", "Flow context", "SelfDistillation"}
 
 
 def long(ranks, name):
