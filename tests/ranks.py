@@ -49,10 +49,13 @@ class Ranks:
             there.close()
             self.members.append((process, here))
         for rank, (_, pipe) in enumerate(self.members):
-            if not pipe.poll(5 * self.timeout):  # imports take long on a busy machine, and no call should pay for them
+            ready = pipe.poll(5 * self.timeout)  # imports take long on a busy machine, and no call should pay for them
+            try:
+                if not ready or pipe.recv_bytes() != b"ready":
+                    raise EOFError
+            except EOFError:
                 self.stop()
-                raise TimeoutError(f"rank {rank} did not start")
-            pipe.recv_bytes()
+                raise TimeoutError(f"rank {rank} did not start") from None
 
     def stop(self):
         for process, _ in self.members:

@@ -19,7 +19,8 @@ def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     root = s[:rank].sqrt()
-    return (u[:, :rank] * root).to(weight.dtype).contiguous(), (root[:, None] * v[:rank]).to(weight.dtype)
+    u, v = u[:, :rank] * root, root[:, None] * v[:rank]
+    return u.to(weight.dtype).contiguous(), v.to(weight.dtype).contiguous()  # FSDP2 takes nothing else
 
 
 def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
