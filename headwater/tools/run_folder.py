@@ -81,9 +81,9 @@ class RunFolder(pl.Callback):
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, keep)
         self.asked = self.agreed = False  # to stop: this rank was, and all ranks know
 
-    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lightning's own answer to SIGTERM begins a collective, wherever this rank happens to be."""
-        trainer._signal_connector._sigterm_notifier_fn = self.stop
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.guard.folder = self.folder
+        trainer._signal_connector._sigterm_notifier_fn = self.stop  # Lightning's own begins a collective, wherever this rank is
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:

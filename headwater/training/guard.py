@@ -39,6 +39,8 @@ class Guard:
     A step that is left out counts: the optimizer is called without gradients, so the order of samples and the schedules go on,
     and a run that resumes does the same. Every event is written to `guard.jsonl` in the run folder, with the ids of its samples.
 
+    folder: of the run, None = events are told and kept in checkpoints alone.
+
     Args:
         spike: a loss or gradient norm is a spike from so many robust deviations above the median of the last `window` good
             steps on; 0 = nothing is.
@@ -51,6 +53,8 @@ class Guard:
         rest: see action.
         patience: so many steps left out in a row end the run.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -138,13 +142,19 @@ class Guard:
     def tell(self, pretrainer: Any, event: Event) -> None:
         """Write the event down, and warn or end the run."""
         self.events.append(event)
-        write(Path(pretrainer.trainer.default_root_dir), self.events)
-        rank_zero_warn(f"step {event.step}: {event.why}. The step is {event.action}; its samples are in {FILE}")
+        if self.folder is not None:
+            write(self.folder, self.events)
+        rank_zero_warn(f"step {event.step}: {event.why}. The step is {event.action}; its samples: {shown(event.samples)}")
         if self.row >= self.patience:
             raise RuntimeError(
                 f"{self.row} steps in a row were left out, the last one, {event.step}, because: {event.why}. Look at the samples "
-                f"that {FILE} lists, lower the learning rate, or go on from an earlier checkpoint with another data.seed"
+                f"({shown(event.samples)}), lower the learning rate, or go on from an earlier checkpoint with another data.seed"
             )
+
+
+def shown(samples: list[int]) -> str:
+    """The first ids, and where the others are."""
+    return ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} others, listed in {FILE}" if len(samples) > 8 else "")
 
 
 def limit(values: Iterable[float], spike: float) -> float:
@@ -196,7 +206,6 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 @rank_zero_only
 def write(folder: Path, events: list[Event]) -> None:
     """All events of the run so far; those that a resumed run has not come to yet are gone."""
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{FILE}.partial"
     try:
         partial.write_text("".join(json.dumps(e._asdict()) + "\n" for e in events))

@@ -42,9 +42,7 @@ FIRST = {name.split()[0]: name for name in reversed(cases.OBJECTIVES)}.values() 
 NAMES = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(cases.OBJECTIVES)]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FIRST else [pytest.mark.slow]) for n in sorted(cases.OBJECTIVES)]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_new_process_goes_on_with_the_state_alone(name):
     if not remembers(name):
         pytest.skip("nothing but parameters that train")

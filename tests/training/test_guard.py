@@ -44,6 +44,7 @@ def state(pretrainer):
 
 
 def run(shards, folder, poison, guard, steps=6, sharded=False, parts=None):
+    guard.folder = folder
     pretrainer = make(parts, guard=guard, optimizer=ADAM)
     one = trainer(steps, sharded, callbacks=[poison], default_root_dir=folder)
     one.fit(pretrainer, pairs(shards))
