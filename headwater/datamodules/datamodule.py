@@ -188,6 +188,12 @@ class ShardDataModule(pl.LightningDataModule):
         """Source -> its share of the samples that have been drawn; empty where there is only one."""
         return self.plan.shares(self.first + self.trainer.global_step) if len(self.sources) > 1 else {}
 
+    def source(self) -> str:
+        """The one that the present step comes from; empty where there is only one, or where steps mix them."""
+        if self.unit == "sample" or len(self.sources) == 1:
+            return ""
+        return self.sources[int(self.plan.mixture.step(self.first + self.trainer.global_step).source[0])].name
+
     def train_dataloader(self) -> DataLoader:
         first = self.first + self.trainer.global_step
         data = ShardDataset(self.plan, distributed.rank(), distributed.world(), first, buckets=self.buckets)

@@ -43,7 +43,7 @@ class Guard:
 
     Args:
         spike: a loss or gradient norm is a spike from so many robust deviations above the median of the last `window` good
-            steps on; 0 = nothing is.
+            steps on, each source by itself where steps come from one of several; 20 finds gross ones. 0 = nothing is.
         action: what a spike leads to. "warn": nothing else; "skip": the step is left out; "slow": it is left out, and the rate is
             `slow` times as high for `rest` steps; "back": the weights and optimizer state of the last checkpoint return, and the
             data goes on, as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). So do they then after a step that is
@@ -58,7 +58,7 @@ class Guard:
 
     def __init__(
         self,
-        spike: float = 20.0,
+        spike: float = 0.0,
         action: Action = "warn",
         window: int = 100,
         slow: float = 0.1,
@@ -94,7 +94,8 @@ class Guard:
         done = pretrainer.step
         asked = [name for name, number in done.numbers.items() if number > 0]
         told = torch.stack([done.norm, *(done.values[name].to(done.norm) for name in asked)]).tolist()  # one wait for the device
-        values = dict(zip(["gradient norm", *asked], told, strict=True))
+        source = pretrainer.trainer.datamodule.source()
+        values = {f"{n} of {source}" if source else n: x for n, x in zip(["gradient norm", *asked], told, strict=True)}
         why = self.fault(values)
         broken = not all(map(math.isfinite, told))
         taken = not why or (self.action == "warn" and not broken)

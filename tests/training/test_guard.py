@@ -10,6 +10,7 @@ import torch
 from runs import COUPLED, make, pairs, trainer, whole, write_pairs
 
 from headwater import distributed
+from headwater.datamodules.datamodule import ShardDataModule, Source
 from headwater.objectives import Contrastive
 from headwater.training.guard import FILE, Guard, limit
 
@@ -141,3 +142,11 @@ def test_the_limit_is_robust_and_waits_for_enough_steps():
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="patience=0"):
         Guard(patience=0)
+
+
+def test_sources_that_take_turns_have_their_own_past(shards, tmp_path):
+    guard = Guard(spike=20)
+    data = ShardDataModule(train={"a": Source(shards), "b": Source(shards)}, batch_size=5, workers=0)
+    trainer(6, default_root_dir=tmp_path).fit(make(guard=guard, optimizer=ADAM), data)
+    assert {name.rpartition(" of ")[2] for name in guard.seen} == {"a", "b"}
+    assert sum(len(past) for name, past in guard.seen.items() if name.startswith("gradient norm")) == 6
