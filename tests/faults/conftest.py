@@ -34,7 +34,7 @@ RECIPE = {
                 }
             },
         },
-        "guard": {"class_path": "headwater.training.guard.Guard", "init_args": {"action": "skip"}},
+        "guard": {"class_path": "headwater.training.guard.Guard", "init_args": {"spike": 20, "action": "skip"}},
     },
     "data": {
         "batch_size": 8,
