@@ -9,20 +9,13 @@ averaged. Beside them the last weights of that run as they are, which the noise 
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable
-from functools import partial
 
-import lightning.pytorch as pl
 import torch
 
 from benchmarks.claims import trial
 from benchmarks.claims.prose import members, prose
-from headwater import init
-from headwater.datamodules.datamodule import ShardDataModule
-from headwater.datamodules.sources import Source
 from headwater.modalities import Text
 from headwater.model import Model
 from headwater.objectives import Causal
@@ -44,24 +37,8 @@ def constant(progress: float) -> float:
 def run(seed: int, shards: str, steps: int, schedule: Callable[[float], float], average: Average | None = None) -> Pretrainer:
     """What was trained."""
     model = Model({"text": Text(Trunk(64, 2, 2, "rotary"), length=LENGTH)})
-    make = partial(torch.optim.AdamW, lr=RATE, weight_decay=0.05, betas=(0.9, 0.95))
-    pretrainer = Pretrainer(model, Causal, make, schedule=schedule, seed=seed, init=init.Normal())
-    data = ShardDataModule(train={"it": Source(shards)}, batch_size=BATCH, workers=0, seed=seed)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[average] if average else [],
-        )
-        trainer.fit(pretrainer, data)
-    return pretrainer.eval()
+    watch = [average] if average else []
+    return trial.pretrain(model, Causal, shards, steps, seed, BATCH, RATE, schedule=schedule, callbacks=watch)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from headwater.datamodules.files import expand
 from headwater.datamodules.sources import Source
 from headwater.datamodules.writer import ShardWriter
 from headwater.model import Model, Reader
-from headwater.objectives.objective import Objective
+from headwater.objectives.objective import Objective, Schedule
 from headwater.pretrainer import Pretrainer
 from headwater.tokens import Tokens
 
@@ -104,14 +104,16 @@ def pretrain(
     views: Sequence[str] = (),
     scheme: init.Normal | None = init.Normal(),  # noqa: B008
     optimizer: OptimizerCallable | None = None,
+    schedule: Schedule | None = None,
+    callbacks: Sequence[pl.Callback] = (),
     **source: Any,
 ) -> Pretrainer:
     """Train as `headwater fit` does: order, views, masks and first weights are functions of `seed`. Returns what was trained.
 
-    optimizer: None = AdamW at `rate`.
+    optimizer: None = AdamW at `rate`. schedule: None = the usual cosine.
     """
     adamw = partial(torch.optim.AdamW, lr=rate, weight_decay=0.05, betas=(0.9, 0.95))
-    pretrainer = Pretrainer(model, objective, optimizer or adamw, seed=seed, init=scheme)
+    pretrainer = Pretrainer(model, objective, optimizer or adamw, schedule, seed=seed, init=scheme)
     data = ShardDataModule(
         train={"it": Source(shards, views=list(views) or None, **source)}, batch_size=batch_size, workers=0, seed=seed
     )
@@ -126,6 +128,7 @@ def pretrain(
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            callbacks=list(callbacks),
         )
         trainer.fit(pretrainer, data)
     pretrainer.eval()
