@@ -7,58 +7,21 @@ al. 2023, arXiv:2302.04476; self-distillation for further pretraining, Lee et al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headwater.attention import Route, higher_order
 from headwater.init import OUTPUT, Rule
-from headwater.layers import Attention, Turn
 from headwater.model import Model, Reader
 from headwater.objectives.distances import Distance, distance_of
 from headwater.objectives.guide import Guide, Source
+from headwater.objectives.inside import attention_scores, heard
 from headwater.objectives.objective import Batch, Objective, Schedule, Term, at
 from headwater.objectives.targets.features import trunk_of
-from headwater.position import rotate
 from headwater.tokens import Tokens, join
-
-
-@contextmanager
-def heard(module: nn.Module) -> Iterator[list[tuple[tuple, Any]]]:
-    """What a module is given and what it answers, call by call, while this is open."""
-    found: list[tuple[tuple, Any]] = []
-    handle = module.register_forward_hook(lambda _, given, said: found.append((given, said)))
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def attention_scores(attn: Attention, x: Tensor, route: Route, turn: Turn | None) -> Tensor:
-    """What the softmax of self-attention gets: (B, N, D) -> (B, H, N, N), very negative where nothing may be seen.
-
-    route: as the layer got it under `higher_order`, so that its mask is dense.
-    """
-    qkv = rearrange(attn.qkv(x), "b n (h d) -> b h n d", d=attn.size)
-    q, k, _ = qkv.split([attn.heads, attn.kv_heads, attn.kv_heads], 1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if turn is not None:
-        q, k = rotate(q, turn), rotate(k, turn)
-    scores = q @ k.repeat_interleave(attn.heads // attn.kv_heads, 1).mT * attn.size**-0.5
-    if route.mask is not None and route.mask.dtype != torch.bool:
-        scores = scores + route.mask
-    hidden = torch.zeros((), dtype=torch.bool, device=x.device)
-    if route.mask is not None:
-        hidden = ~route.mask if route.mask.dtype == torch.bool else route.mask.isneginf()
-    if route.causal:
-        hidden = hidden | torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min / 2)  # finite: rows that see nothing stay numbers
 
 
 def rows_apart(student: Tensor, teacher: Tensor) -> Tensor:
@@ -81,15 +44,21 @@ def inside(model: Model, modality: str, raw: Tokens, block: int | None, attentio
     if block is None:
         return encoder(encoder.embed(raw)).x[:, :length]  # registers stand behind
     place: Any = trunk_of(encoder).blocks[block]
-    with heard(place.attn if attention else place) as calls, higher_order() if attention else nullcontext():
-        encoder(encoder.embed(raw))
-    given, said = calls[0]
+    scores = None
+    with heard(place) as calls:
+        if attention:
+            scores, _ = attention_scores(place.attn, lambda: encoder(encoder.embed(raw)))
+        else:
+            encoder(encoder.embed(raw))
+    said = calls[0][1]
     if len(said) != rows or said.shape[1] < length:
         raise ValueError(
             f"found a block of {type(encoder).__name__} that works on {tuple(said.shape[:2])} tokens where {(rows, length)} came "
             "in (factorised attention does); match the output, or pooled vectors"
         )
-    return attention_scores(place.attn, *given[:3])[:, :, :length, :length] if attention else said[:, :length]
+    if scores is None:
+        return said[:, :length]
+    return scores[:, :, :length, :length] + 0 * said.sum()  # through its output FSDP2 learns that the block has a backward pass
 
 
 def reader_beside(reader: Reader, modality: str) -> Reader:

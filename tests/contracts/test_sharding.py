@@ -36,7 +36,8 @@ def step(shares, fuse="JointTokens", make=objective, steps=4, split=True):
     model = cases.model(fuse=fuse)
     pretrainer = Pretrainer(model, cases.OBJECTIVES[make] if isinstance(make, str) else make).double()
     pretrainer.objective.start(model)
-    batch = cases.batch(pretrainer.readers, cases.examples(pretrainer.readers), shares[distributed.rank()])
+    readers = cases.readers(model, pretrainer.objective)
+    batch = cases.batch(readers, cases.examples(readers), shares[distributed.rank()])
     entry = pretrainer.ask
     if distributed.world() > 1 and not split:
         entry = DistributedDataParallel(Asked(pretrainer), find_unused_parameters=True)

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from headwater import modalities
-from headwater.attention import higher_order
 from headwater.model import Model
 from headwater.objectives import Causal, Distilled, Masked, Matched, Related
 from headwater.objectives.distilled import divergence, entropy, soften
 from headwater.objectives.guide import Guide
-from headwater.objectives.matched import attention_scores, heard, inside, rows_apart
+from headwater.objectives.inside import attention_scores, heard
+from headwater.objectives.matched import inside, rows_apart
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
 
@@ -244,10 +244,10 @@ def test_the_scores_are_those_that_attention_uses(options, causal):
     encoder.causal = causal
     raw = given(cases.model())["text"]
     attn = encoder.trunk.blocks[1].attn
-    with heard(attn) as calls, higher_order():
-        encoder(encoder.embed(raw))
-    (x, route, turn, *_), said = calls[0]
-    rows = attention_scores(attn, x, route, turn).softmax(-1)
+    with heard(attn) as calls:
+        scores, _ = attention_scores(attn, lambda: encoder(encoder.embed(raw)))
+    (x, *_), said = calls[0]
+    rows = scores.softmax(-1)
     v = attn.qkv(x)[..., -attn.kv_heads * attn.size :].unflatten(-1, (attn.kv_heads, attn.size)).transpose(1, 2)
     by_hand = attn.proj((rows @ v.repeat_interleave(2 // attn.kv_heads, 1)).transpose(1, 2).flatten(2))
     assert_close(by_hand[raw.real()], said[raw.real()])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from headwater import random
 from headwater.model import Encoder
+from headwater.objectives.inside import attention_scores
 from headwater.objectives.masks.policies import Policy, lengths
-from headwater.position import rotate
-from headwater.tokens import LAST, Tokens, attention_mask
+from headwater.tokens import LAST, Tokens
 from headwater.trunk import Trunk
 
 
@@ -60,32 +59,11 @@ def attended(encoder: Encoder, t: Tokens) -> Tensor:
     if not isinstance(trunk, Trunk) or encoder.causal:
         raise ValueError(f"the attention of {type(encoder).__name__} cannot be read; expected an encoder with a Trunk, not causal")
     attention, length = trunk.blocks[-1].attn, t.position.shape[1]
-    entering: list[Tensor] = []
-    handle = attention.register_forward_pre_hook(lambda module, given: entering.append(given[0]))
-    try:
-        out = encoder(encoder.embed(t))
-    finally:
-        handle.remove()
-    if entering[0].shape[:2] != out.position.shape[:2]:
+    scores, out = attention_scores(attention, lambda: encoder(encoder.embed(t)))
+    if len(scores) != len(out.position) or scores.shape[2] != out.position.shape[1]:
         raise ValueError(f"found blocks of {type(encoder).__name__} that see parts of a signal; attention is read of whole ones")
-    weight = weights(attention, entering[0], trunk, out)
     asks = out.real()
     if out.order is not None and out.position.shape[1] > length:
         asks = asks & (out.order == LAST)
-    received = (weight.mean(1) * asks[..., None]).sum(1)
+    received = (scores.softmax(-1).mean(1) * asks[..., None]).sum(1)
     return received[:, :length] * t.real()
-
-
-def weights(attention: Any, x: Tensor, trunk: Trunk, t: Tokens) -> Tensor:
-    """(B, H, N, N) softmax weights of an Attention layer of this trunk on what enters it, x: (B, N, D)."""
-    qkv = rearrange(attention.qkv(x), "b n (h d) -> b h n d", d=attention.size)
-    q, k, _ = qkv.split([attention.heads, attention.kv_heads, attention.kv_heads], 1)
-    q, k = attention.q_norm(q), attention.k_norm(k).repeat_interleave(attention.heads // attention.kv_heads, 1)
-    if (turn := trunk.turn(t)) is not None:
-        q, k = rotate(q, turn), rotate(k, turn)
-    logits = q @ k.mT / attention.size**0.5
-    if (bias := trunk.position.bias(t, t)) is not None:
-        logits = logits + bias
-    if (see := attention_mask(t, t).dense) is not None:
-        logits = logits.masked_fill(~see, torch.finfo(logits.dtype).min)
-    return logits.softmax(-1)
