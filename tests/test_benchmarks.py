@@ -35,6 +35,7 @@ def dying():
     sys.exit()
 
 
+@pytest.mark.slow
 def test_rows_take_turns_and_what_does_not_run_is_named(part):
     stopwatch, said = part("stopwatch"), []
 

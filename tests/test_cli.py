@@ -231,7 +231,7 @@ def launch(*options, recipe="clip", **more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **more)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_like_the_uninterrupted_one(here, number):
     steps = ["--trainer.max_steps", "60", "--trainer.accelerator", "cpu", "--data.batch_size", "8", "--data.workers", "1"]
     steps += ["--trainer.log_every_n_steps", "1", *TINY, "--data", "out"]

@@ -191,6 +191,7 @@ def test_paraphrases_are_closer_than_anything_else():
     assert (blind.diag() - blind.masked_fill(torch.eye(5, dtype=torch.bool), -1).amax(1)).mean() < 0.05
 
 
+@pytest.mark.slow
 def test_fine_tuning_sentences_helps_held_out_ones():
     """Titles of things and their tags, without the words of the title; every fourth concept is held out."""
     pairs = []

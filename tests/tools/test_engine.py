@@ -110,6 +110,7 @@ def test_without_ray_the_message_names_the_extra(monkeypatch):
         next(spread(inverse, [1], engine="ray"))
 
 
+@pytest.mark.slow
 def test_ray_gives_what_processes_give(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # tasks run in another folder and must find `doomed`

@@ -171,7 +171,8 @@ def test_one_job_equals_chained_jobs(here, whole):
         cli.main([*FIT, "--stage", "mix"])
 
 
-@pytest.mark.parametrize("stops", [pytest.param(3, marks=pytest.mark.slow), 7, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [3, 7, 9])
 def test_every_stage_resumes(here, whole, monkeypatch, stops):
     step, count = Pretrainer.training_step, [0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,8 +58,9 @@ def attended(encoder: Encoder, t: Tokens) -> Tensor:
     trunk = getattr(encoder, "trunk", None)
     if not isinstance(trunk, Trunk) or encoder.causal:
         raise ValueError(f"the attention of {type(encoder).__name__} cannot be read; expected an encoder with a Trunk, not causal")
-    attention, length = trunk.blocks[-1].attn, t.position.shape[1]
-    scores, out = attention_scores(attention, lambda: encoder(encoder.embed(t)))
+    block: Any = trunk.blocks[-1]
+    length = t.position.shape[1]
+    scores, out = attention_scores(block.attn, lambda: encoder(encoder.embed(t)))
     if len(scores) != len(out.position) or scores.shape[2] != out.position.shape[1]:
         raise ValueError(f"found blocks of {type(encoder).__name__} that see parts of a signal; attention is read of whole ones")
     asks = out.real()
