@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world() -> int:
@@ -17,6 +18,11 @@ def world() -> int:
 def rank() -> int:
     """This rank, 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def local(x: Tensor) -> Tensor:
+    """What lies on this rank, in the same memory and without graph: a share of what FSDP2 splits, all of any other tensor."""
+    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
 
 
 def total(x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from headwater import distributed, fused, random
 from headwater.init import Normal, factors, initialise
 from headwater.model import Model, Reader
-from headwater.objectives.objective import Batch, Objective, Schedule, Term, weighted_sum
+from headwater.objectives.objective import Batch, Objective, Schedule, Term, count, weighted_sum
+from headwater.objectives.probe import Probe
 from headwater.tokens import Tokens
 from headwater.training.checkpoints import check_tensors
 from headwater.training.fused_ops import Fused
@@ -144,9 +145,10 @@ class Pretrainer(pl.LightningModule):
             check_groups(self.before, record(self, optimizer, self.asked))
 
     def prepare(self, batch: Batch) -> Batch:
-        """Floats and normalisation, or the codes of a tokeniser, on the device."""
+        """Floats and normalisation, or the codes of a tokeniser, on the device; of a batch within the batch likewise."""
         labels = {name: reader.prepare(batch[name]) for name, reader in self.objective.readers.items() if name in batch}
-        return self.backbone.prepare(batch) | labels
+        within = {name: self.prepare(value) for name, value in batch.items() if isinstance(value, dict)}
+        return self.backbone.prepare(batch) | labels | within
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(random.seed_of(self.seed, self.global_step, self.global_rank))  # dropout too is a function of the step
@@ -157,6 +159,8 @@ class Pretrainer(pl.LightningModule):
         for form in self.backbone.forms:
             form.at(self.backbone, self.progress)
         optimizer.zero_grad()
+        probe = Probe(self, self.backbone, self.call, random.seed_of(self.seed, self.global_step, self.global_rank))
+        batch = self.objective.before_step(probe, batch)
         pieces = [self.hide(piece) for piece in self.objective.pieces(batch, self.micro)]
         numbers = count([self.objective.numbers(piece) for piece in pieces])
         totals: dict[str, list[Term]] = {name: [] for name in numbers}
@@ -170,7 +174,7 @@ class Pretrainer(pl.LightningModule):
                     self.manual_backward(self.touch_all(loss) if last and not alone and len(pieces) > 1 else loss)
                 for name, term in terms.items():
                     totals[name].append(term)
-        self.step = Step(batch, pieces, means(totals, numbers), numbers)
+        self.step = Step(batch, pieces, means(totals, numbers), numbers, probe)
         optimizer.step()
         with nullcontext() if self.step.taken else unchanged(self):  # either way what it waits with is gone
             self.objective.after_step(self.backbone, self.progress)
@@ -182,6 +186,8 @@ class Pretrainer(pl.LightningModule):
         """Guard and clip here: Lightning calls this after it has taken fp16's loss scale out of the gradients."""
         if self.step is None:
             return
+        probe = self.step.probe
+        probe.give(apart=False)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm: Any = fused.gradient_norm(gradients)
         self.step.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -190,6 +196,12 @@ class Pretrainer(pl.LightningModule):
             self.step.taken = self.guard.allows(self, optimizer)
         if self.step.taken and self.clip:
             fused.scale_gradients(gradients, self.clip, norm)
+        if self.step.taken:
+            probe.give(apart=True, clip=self.clip)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """What the function returns, which may use all weights."""
+        return function()
 
     def hide(self, batch: Batch) -> Batch:
         """The objective's task, without gradient."""
@@ -220,6 +232,8 @@ class Pretrainer(pl.LightningModule):
             self.log(f"train/{name}", value, prog_bar=True)
             for key, metric in totals[name][-1].metrics.items():
                 self.log(f"train/{name}/{key}", metric)
+        for name, told in step.probe.told.items():
+            self.log(f"train/{name}", told)
         if step.norm is not None:
             self.log("train/gradient_norm", step.norm)
         self.log("train/rate", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
@@ -290,12 +304,14 @@ class Pretrainer(pl.LightningModule):
 @dataclass
 class Step:
     """One optimizer step: the batch of this rank, the pieces that the objective was asked, each term's mean over its targets on
-    all ranks and how many these are, the norm of the gradient, and whether it is taken or left out by the guard."""
+    all ranks and how many these are, what was asked ahead of it, the norm of the gradient, and whether it is taken or left out
+    by the guard."""
 
     batch: Batch
     pieces: list[Batch]
     values: dict[str, Tensor]
     numbers: dict[str, Tensor]
+    probe: Probe
     norm: Tensor | None = None
     taken: bool = True
 
@@ -331,15 +347,6 @@ def explain_memory(batch: Batch) -> Iterator[None]:
             "Lower data.batch_size, raise model.micro (pieces per batch, same result), or shorten the signals (size, frames, "
             f"seconds or length of the encoders). The allocator said: {str(error).splitlines()[0]}"
         ) from error
-
-
-def count(numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Targets per term, over pieces and ranks."""
-    local: dict[str, Tensor] = {}
-    for piece in numbers:
-        for name, number in piece.items():
-            local[name] = local.get(name, 0) + number.long()
-    return dict(zip(local, distributed.total(torch.stack(list(local.values()))), strict=True))
 
 
 def check_needs(objective: Objective, provides: dict[str, tuple[str, ...]]) -> None:

@@ -36,6 +36,7 @@ from headwater.objectives.supervised import Supervised
 from headwater.objectives.swapped import Swapped
 from headwater.objectives.transformed import Transformed
 from headwater.objectives.transfusion import Transfusion
+from headwater.objectives.vpretraining import VPretraining
 from headwater.objectives.weighted import Weighted
 
 __all__ = [
@@ -76,5 +77,6 @@ __all__ = [
     "Term",
     "Transformed",
     "Transfusion",
+    "VPretraining",
     "Weighted",
 ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headwater import fused
+from headwater import distributed, fused
 from headwater.model import Model, Reader
 from headwater.tokens import Tokens, split_rows
 from headwater.view import View
@@ -53,6 +53,7 @@ class Objective(nn.Module):
     views: random views that the loader shall make, by their key in the batch: a modality, "@" and a name ("image@global0").
     readers: of labels that only this objective uses; their Tokens come under these keys and have no encoder.
     classes: how many answers each target chooses from, where that is one fixed number.
+    feedback_needs: batch keys of a small labelled batch that comes under "feedback" every `every` steps; () = none comes.
     """
 
     needs: tuple[str, ...] = ()
@@ -60,6 +61,15 @@ class Objective(nn.Module):
     views: Mapping[str, View] = {}
     readers: Mapping[str, Reader] = {}
     classes: int | None = None
+    feedback_needs: tuple[str, ...] = ()
+    every: int = 1
+
+    def before_step(self, probe: Any, batch: Batch) -> Batch:
+        """Once per optimizer step, before anything is hidden: a look at gradients, by a headwater.objectives.probe.Probe.
+
+        What it finds goes to the optimizer by `probe.hand`, or on to `task` in the batch.
+        """
+        return batch
 
     def pieces(self, batch: Batch, micro: int) -> list[Batch]:
         """What is hidden and scored one after the other to save memory; together the terms are those of the whole batch."""
@@ -86,6 +96,15 @@ class Objective(nn.Module):
 
     def after_step(self, model: Model, progress: float) -> None:
         """Once per optimizer step: moving averages, queues, clamps. progress: share of the run that is done."""
+
+
+def count(numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Targets per term, over pieces and ranks."""
+    local: dict[str, Tensor] = {}
+    for piece in numbers:
+        for name, number in piece.items():
+            local[name] = local.get(name, 0) + number.long()
+    return dict(zip(local, distributed.total(torch.stack(list(local.values()))), strict=True))
 
 
 def weighted_sum(terms: dict[str, Term], numbers: dict[str, Tensor], world: int) -> Tensor:

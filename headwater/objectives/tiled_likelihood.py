@@ -21,15 +21,17 @@ TILE = 1 << 22  # logits at once
 
 
 def log_probabilities(unembed: Callable[[Tensor], Tensor], x: Tensor, answer: Tensor, alike: bool = False) -> Tensor:
-    """log p of the right ids: vectors (T, D) and ids (T,) -> (T,), in float32 at least.
+    """log p of the right ids: vectors (T, D) and ids (T,) -> (T,), or K ids of each (T, K) -> (T, K); in float32 at least.
 
     unembed: (T, D) -> logits (T, V), each token alone. alike: every answer that comes out will weigh the same in the loss, which
     saves a pass through the head; the gradient is wrong if they do not.
     """
     if higher_order_is_on():
-        return -cross_entropy(unembed(x), answer)
+        return -cross_entropy(unembed(x), answer) if answer.ndim == 1 else wide(unembed(x)).log_softmax(-1).gather(-1, answer)
     probe = unembed(x.new_zeros(1, x.shape[-1]))
-    return Tiled.apply(unembed, alike, max(1, TILE // probe.shape[-1]), answer, x, *leaves(probe))  # type: ignore[no-any-return]
+    each = answer[:, None] if answer.ndim == 1 else answer
+    found: Tensor = Tiled.apply(unembed, alike, max(1, TILE // probe.shape[-1]), each, x, *leaves(probe))  # type: ignore[assignment]
+    return found.view(answer.shape)
 
 
 def leaves(made: Tensor) -> list[Tensor]:
@@ -47,13 +49,13 @@ def leaves(made: Tensor) -> list[Tensor]:
 
 
 class Tiled(torch.autograd.Function):
-    """apply(unembed, alike, rows of a tile, answer (T,), x (T, D), *parameters of unembed) -> log p (T,)."""
+    """apply(unembed, alike, rows of a tile, answer (T, K), x (T, D), *parameters of unembed) -> log p (T, K)."""
 
     @staticmethod
     def forward(ctx: Any, unembed: Any, alike: bool, rows: int, answer: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.alike, ctx.rows, ctx.unembed, ctx.precision = alike, rows, unembed, precision(x)
         early = alike and any(ctx.needs_input_grad)
-        log_p = wide(x).new_empty(len(x))
+        log_p = wide(x).new_empty(answer.shape)
         gradients = Gradients(x, parameters)
         for start in range(0, len(x), rows):
             here = slice(start, start + rows)
@@ -61,17 +63,17 @@ class Tiled(torch.autograd.Function):
                 piece = x[here].detach().requires_grad_(early)
                 logits = unembed(piece)
             scores = wide(logits.detach())
-            norm = scores.logsumexp(-1)
-            log_p[here] = scores.gather(-1, answer[here, None])[:, 0] - norm
+            norm = scores.logsumexp(-1, keepdim=True)
+            log_p[here] = scores.gather(-1, answer[here]) - norm
             if early:
-                gradients.add(here, logits, piece, change(scores, norm, answer[here]))
+                gradients.add(here, logits, piece, change(scores, norm, answer[here], torch.ones_like(log_p[here])))
         ctx.save_for_backward(*((gradients.x, *gradients.parameters) if early else (answer, x, *parameters)))
         return log_p
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
         if ctx.alike:
-            weight = outer[0][0] if len(outer[0]) else outer[0].sum()
+            weight = outer[0][0, 0] if len(outer[0]) else outer[0].sum()
             return None, None, None, None, *(None if g is None else weight.to(g.dtype) * g for g in ctx.saved_tensors)
         answer, x, *parameters = ctx.saved_tensors
         gradients = Gradients(x, parameters)
@@ -81,7 +83,7 @@ class Tiled(torch.autograd.Function):
                 piece = x[here].detach().requires_grad_()
                 logits = ctx.unembed(piece)
             scores = wide(logits.detach())
-            slope = change(scores, scores.logsumexp(-1), answer[here]).mul_(outer[0][here, None])
+            slope = change(scores, scores.logsumexp(-1, keepdim=True), answer[here], outer[0][here])
             gradients.add(here, logits, piece, slope)
         return None, None, None, None, gradients.x, *gradients.parameters
 
@@ -101,10 +103,13 @@ class Gradients:
             total += part
 
 
-def change(scores: Tensor, norm: Tensor, answer: Tensor) -> Tensor:
-    """The derivative of log p by the logits, one-hot - p: (T, V), (T,) their log-sum-exp, (T,) ids -> (T, V)."""
-    slope = (scores - norm[:, None]).exp_().neg_()
-    return slope.scatter_add_(-1, answer[:, None], slope.new_ones(len(answer), 1))
+def change(scores: Tensor, norm: Tensor, answer: Tensor, weight: Tensor) -> Tensor:
+    """The derivative of sum_k w_k log p_k by the logits, sum_k w_k (one-hot_k - p).
+
+    scores: (T, V); norm: (T, 1) their log-sum-exp; answer, weight: (T, K) -> (T, V).
+    """
+    slope = (scores - norm).exp_().mul_(-weight.sum(-1, keepdim=True))
+    return slope.scatter_add_(-1, answer, weight.to(slope.dtype))
 
 
 def precision(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:

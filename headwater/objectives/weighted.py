@@ -33,6 +33,16 @@ class Turns:
         """parts: those that this batch serves -> those that run, each with its samples, (S,) bool; None = all of them."""
         return dict.fromkeys(parts)
 
+    def meet(self, parts: Sequence[str]) -> None:
+        """Told once what there is to choose from."""
+
+    def see(self, terms: dict[str, Term]) -> dict[str, Term]:
+        """What the parts that ran say of a piece, by "part/term", in training; what comes back is what they say."""
+        return terms
+
+    def after_step(self) -> None:
+        """Once per optimizer step."""
+
 
 class Draw(Turns):
     """One part is drawn for each batch, or for each sample, part k with a probability proportional to shares[k].
@@ -118,7 +128,10 @@ class Weighted(Objective):
         if clash := set(parts) & {*RUN, "parts"}:
             raise ValueError(f"found parts called {sorted(clash)}, which a batch uses for itself; give them other names")
         made = {name: make(model) for name, make in parts.items()}
+        if fed := [name for name, part in made.items() if part.feedback_needs]:
+            raise ValueError(f"found feedback in the part {fed[0]}; put it outside, as VPretraining(inner=Weighted)")
         self.parts: Any = nn.ModuleDict(made)
+        self.turns.meet(tuple(made))
         self.weights = {name: (weights or {}).get(name, 1.0) for name in parts}
         self.scale = {name: 1 / math.log(part.classes) if per_class and part.classes else 1.0 for name, part in made.items()}
         self.log_gradients_every = log_gradients_every
@@ -170,11 +183,12 @@ class Weighted(Objective):
         if every and batch.get("step", 0) % every == 0 and torch.is_grad_enabled():
             norms = gradient_norms(terms, model)
             terms = {name: term._replace(metrics=term.metrics | {"gradient": norms[name]}) for name, term in terms.items()}
-        return terms
+        return self.turns.see(terms) if self.training else terms
 
     def after_step(self, model: Model, progress: float) -> None:
         for part in self.parts.values():
             part.after_step(model, progress)
+        self.turns.after_step()
 
 
 def narrowed(batch: Batch, chosen: Tensor | None) -> Batch:

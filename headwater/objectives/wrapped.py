@@ -24,11 +24,15 @@ class Wrapped(Objective):
         self.inner = inner(model)
         self.needs, self.coupled = self.inner.needs, self.inner.coupled
         self.views, self.readers = self.inner.views, self.inner.readers
+        self.feedback_needs, self.every = self.inner.feedback_needs, self.inner.every
 
     @property
     def parts(self) -> Any:
         """Those of a weighted sum inside, so that callbacks and checks of the data find them."""
         return getattr(self.inner, "parts", {"objective": self.inner})
+
+    def before_step(self, probe: Any, batch: Batch) -> Batch:
+        return self.inner.before_step(probe, batch)
 
     def pieces(self, batch: Batch, micro: int) -> list[Batch]:
         return self.inner.pieces(batch, micro)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from headwater import distributed
+from headwater.distributed import local
 from headwater.tokens import Tokens
 
 
@@ -76,8 +76,3 @@ def gradient(pretrainer: nn.Module) -> str:
 def finite(x: Tensor) -> bool:
     """Whether all its numbers are; of a shared tensor those that lie on this rank."""
     return not x.is_floating_point() or bool(local(x).isfinite().all())
-
-
-def local(x: Tensor) -> Tensor:
-    """What lies on this rank, in the same memory."""
-    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
 from headwater import distributed
-from headwater.training.culprit import culprit, local
+from headwater.distributed import local
+from headwater.training.culprit import culprit
 
 Action = Literal["warn", "skip", "slow", "back"]
 LEAST = 20  # good steps before which nothing is called a spike

@@ -20,7 +20,7 @@ from headwater.layers import Block
 from headwater.training.checkpoints import check_tensors
 
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-ENTRIES = ("prepare", "hide", "ask", "predict_step")  # the methods of a Pretrainer that run the model
+ENTRIES = ("prepare", "call", "hide", "ask", "predict_step")  # the methods of a Pretrainer that run the model
 
 
 class Sharded(ModelParallelStrategy):
