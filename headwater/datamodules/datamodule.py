@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, get_worker_info
 
 from headwater import distributed
+from headwater.datamodules.feedback import FedDataset, Feedback, open_feedback
 from headwater.datamodules.files import expand, is_remote
 from headwater.datamodules.mixture import Ledger, Mode, shares
 from headwater.datamodules.plan import Arrange, Last, Plan, Unit
@@ -54,6 +55,7 @@ class ShardDataModule(pl.LightningDataModule):
         window: shards that are shuffled together.
         notice: steps before a change of weights begins; more than the workers read ahead.
         fault_budget: share of undecodable members at which the run stops.
+        feedback: a source of batches that come beside those of training, for objectives that ask for feedback.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ShardDataModule(pl.LightningDataModule):
         window: int = 16,
         notice: int = 64,
         fault_budget: float = 0.1,
+        feedback: Feedback | None = None,
     ) -> None:
         super().__init__()
         if path is not None:
@@ -92,6 +95,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.buckets = buckets
         self.workers, self.start, self.seed, self.window = workers, start, seed, window
         self.notice, self.fault_budget = notice, fault_budget
+        self.feedback = feedback
         self.faults: Counter[str] = Counter()
         self.members_read = 0
         self.first = 0  # steps of the order that earlier runs have taken
@@ -106,7 +110,8 @@ class ShardDataModule(pl.LightningDataModule):
         self.sources = opened
         plain = {name: reader for name, reader in self.readers.items() if name not in views}
         self.validation = [open_source(n, s, plain, self.seed, 0) for n, s in self.held_out.items()]
-        for source in [*self.sources, *self.validation]:
+        self.fed = open_feedback(self.feedback, module.objective, self.readers, self.seed, self.window, len(opened))
+        for source in [*self.sources, *self.validation, *(self.fed.sources if self.fed else ())]:
             self.faults |= Counter(source.faults)  # once, however often the sources are opened
             for lost in source.lost:
                 rank_zero_warn(f"source {source.name} has no index: {lost}. Run `headwater index` on it, or give it a cache")
@@ -115,10 +120,11 @@ class ShardDataModule(pl.LightningDataModule):
         weights = shares(self.mixing, [s.source.weight for s in opened], [s.total for s in opened], self.alpha)
         self.ledger = Ledger(weights)
         self.plan = Plan(opened, self.ledger, self.batch_size, self.unit, self.last, self.seed, self.arrange, self.pack)
-        for number, source in enumerate(self.sources):
-            if source.total < self.plan.size(number):
-                found = f"source {source.name} holds {source.total} samples"
-                rank_zero_warn(f"{found}, fewer than a batch of {self.plan.size(number)}: a batch repeats some")
+        for plan in (self.plan, *([self.fed] if self.fed else ())):
+            for number, source in enumerate(plan.sources):
+                if source.total < plan.size(number):
+                    found = f"source {source.name} holds {source.total} samples"
+                    rank_zero_warn(f"{found}, fewer than a batch of {plan.size(number)}: a batch repeats some")
 
     def reweigh(self, weights: dict[str, float]) -> int:
         """Change the weights of the mixture during the run; returns the step from which on they hold.
@@ -142,7 +148,13 @@ class ShardDataModule(pl.LightningDataModule):
         """All that the order depends on, beside the step and the ledger."""
         own = {k: getattr(self, k) for k in ("seed", "batch_size", "unit", "last", "window")}
         arranged = vars(self.arrange) if self.arrange else None
-        return {**own, "arrange": arranged, "pack": self.pack, "sources": {s.name: s.total for s in self.sources}}
+        fed = (
+            {**vars(self.feedback), "source": self.fed.sources[0].total, "every": self.every}
+            if self.feedback and self.fed
+            else None
+        )
+        sources = {s.name: s.total for s in self.sources}
+        return {**own, "arrange": arranged, "pack": self.pack, "sources": sources, "feedback": fed}
 
     def state_dict(self) -> dict[str, Any]:
         """What went wrong so far, and the ledger; where the order stands follows from the step."""
@@ -160,7 +172,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def go_on(self, state: dict[str, Any], steps: int) -> None:
         """Take up the order of samples where another run left it. state: its `state_dict`; steps: that it has made."""
-        if changed := self.changes(state["setting"]):
+        if changed := self.changes(state["setting"] | {"feedback": self.setting["feedback"]}):  # which may change between stages
             raise ValueError(
                 f"the order of samples cannot go on, because of: {'; '.join(changed)}. Take `data` out of `carry`, and give the "
                 "stage another data.seed, so that it does not begin with the same samples"
@@ -180,6 +192,12 @@ class ShardDataModule(pl.LightningDataModule):
         return module.readers
 
     @property
+    def every(self) -> int:
+        """Steps between batches of feedback."""
+        module: Any = self.trainer.lightning_module
+        return module.objective.every
+
+    @property
     def provides(self) -> dict[str, tuple[str, ...]]:
         """Training source -> the modalities that it gives."""
         return {s.name: tuple(s.readers) for s in self.sources}
@@ -197,7 +215,7 @@ class ShardDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         first = self.first + self.trainer.global_step
         data = ShardDataset(self.plan, distributed.rank(), distributed.world(), first, buckets=self.buckets)
-        return self._loader(data)
+        return self._loader(FedDataset(data, self.fed, self.every, self.first) if self.fed else data)
 
     def val_dataloader(self) -> list[DataLoader]:
         return [self._loader(self._evaluation(source)) for source in self.validation]
@@ -230,7 +248,8 @@ class ShardDataModule(pl.LightningDataModule):
         """Take the list of faults out of the batch and stop when there are too many."""
         batch = dict(batch)
         self.faults.update(batch.pop("faults", ()))
-        self.members_read += sum(t.position.shape[0] for t in batch.values() if isinstance(t, Tokens))
+        within = [one.values() for one in (batch, *batch.values()) if isinstance(one, dict)]
+        self.members_read += sum(t.position.shape[0] for values in within for t in values if isinstance(t, Tokens))
         if len(self.faults) > 10 and sum(self.faults.values()) > self.fault_budget * self.members_read:
             worst = "\n  ".join(sorted(self.faults)[:10])
             raise RuntimeError(

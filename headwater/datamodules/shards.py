@@ -41,7 +41,7 @@ class ShardDataset(IterableDataset):
         self.closing = torch.zeros((), dtype=torch.bool).share_memory_()  # the main process exits
 
     def batch(self, step: int) -> dict[str, Any]:
-        """This rank's rows of a step, every modality that its sources have, and for each sample its number and seed."""
+        """This rank's rows of a step, every modality that its sources have, and for each sample its number, seed and source."""
         planned = self.plan.step(step)
         sources = [self.plan.sources[k] for k in np.unique(planned.source)]
         names = list(dict.fromkeys(name for source in sources for name in source.readers))
@@ -62,6 +62,7 @@ class ShardDataset(IterableDataset):
             **{name: batch[name] for name in names},
             "sample": torch.tensor([one.number for one in read] or [NOBODY], dtype=torch.int64),
             "seed": torch.tensor([one.seed for one in read] or [0], dtype=torch.int64),
+            "source": torch.tensor([self.plan.sources[k].number for k in mine.source.tolist()] or [0], dtype=torch.int64),
             "faults": [fault for one in read for fault in one.faults],
         }
 
@@ -97,14 +98,16 @@ class Parcel(dict):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, ({name: _each(value, _shrunk) for name, value in self.items()},)
+        return _opened, (_each(dict(self), _shrunk),)
 
 
 def _opened(parcel: dict[str, Any]) -> dict[str, Any]:
-    return {name: _each(value, _grown) for name, value in parcel.items()}
+    return _each(parcel, _grown)
 
 
 def _each(value: Any, f: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):  # a batch within the batch
+        return {name: _each(inside, f) for name, inside in value.items()}
     return Tokens(*map(f, value)) if isinstance(value, Tokens) else f(value)
 
 

@@ -114,9 +114,12 @@ class OpenSource:
 
     def read(self, index: np.ndarray) -> list[Read]:
         """Samples of the order by their numbers (K,)."""
-        places = self.order.places(index)
         if self.cache and len(index):
             self._fetch_ahead(int(index[0]))
+        return self.at(self.order.places(index))
+
+    def at(self, places: Places) -> list[Read]:
+        """The samples that lie there."""
         numbers = (self.number << 40) + self.order.before[places.shard] + places.row
         seeds = random.seeds_of(self.seed, places.epoch, self.number, places.shard, places.row)
         views = drawn(self.views, self.readers, torch.from_numpy(seeds))

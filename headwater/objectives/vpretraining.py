@@ -28,7 +28,7 @@ from headwater.objectives.weighted import merged
 from headwater.objectives.wrapped import Wrapped
 from headwater.tokens import Tokens, split_rows
 
-Control = Literal["random", "shuffled", "still"]
+Control = Literal["random", "still"]
 # from exact and dear to rough and cheap: an estimator, and the share of the batch that it sees is 1 / pieces
 CANDIDATES: tuple[tuple[Estimator, int], ...] = ((Double(), 1), *((Difference(), pieces) for pieces in (1, 2, 4, 8)))
 
@@ -56,9 +56,9 @@ class VPretraining(Wrapped):
             number of pieces that keep it are chosen by a measurement when the designer begins, and printed; `estimator` and
             `pieces` are then not used. None = no measurement.
         against: True = the direction is g_down minus the same with shuffled labels: what any labels would ask for is left out.
-        control: an honest control run. "random": phi moves by noise of the size of its gradient; "shuffled": labels of the
-            feedback are shuffled among its samples; "still": the designer stays as it starts.
-        labels: keys of the labels in the feedback, for what is shuffled; None = those that the feedback objective reads.
+        control: an honest control run. "random": phi moves by noise of the size of its gradient; "still": the designer stays as
+            it starts. A third control, feedback with shuffled labels, is `shuffled` of the data's feedback.
+        labels: keys of the feedback that `against` shuffles; None = the labels that the feedback objective reads.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class VPretraining(Wrapped):
         self.views = merged({"inner": self.inner.views, "feedback": self.feedback.views})
         self.needs = tuple(dict.fromkeys((*self.inner.needs, *self.designer.needs)))
         self.labels = tuple(labels or self.feedback.readers)
-        if (against or control == "shuffled") and not self.labels:
+        if against and not self.labels:
             raise ValueError(f"{type(self.feedback).__name__} reads no labels that could be shuffled; name keys in `labels`")
         self.chosen: Tensor
         self.register_buffer("chosen", torch.tensor(-1))  # which candidate the budget allows; part of the checkpoint
@@ -130,16 +130,14 @@ class VPretraining(Wrapped):
 
     def _direction(self, probe: Probe, model: Model, feedback: Batch) -> list[Tensor]:
         """g_down. The feedback's own parameters get their gradient at the same time."""
-        wrong = shuffled(feedback, self.labels) if self.against or self.control == "shuffled" else feedback
         head = [p for p in self.feedback.parameters() if p.requires_grad]
-        given = wrong if self.control == "shuffled" else feedback
-        loss, found = probe.gradient(self._feedback(model, given), [*probe.theta, *head])
+        loss, found = probe.gradient(self._feedback(model, feedback), [*probe.theta, *head])
         direction, slopes = found[: len(probe.theta)], found[len(probe.theta) :]
         if head:
             probe.hand(head, slopes)
         probe.tell("feedback", loss)
         if self.against:
-            _, other = probe.gradient(self._feedback(model, shuffled(given, self.labels)), probe.theta)
+            _, other = probe.gradient(self._feedback(model, shuffled(feedback, self.labels)), probe.theta)
             direction = [a - b for a, b in zip(direction, other, strict=True)]
         return direction
 

@@ -82,7 +82,8 @@ def cosine(a, b):
 def test_estimators_agree(name):
     pretrainer, batch = made(*DESIGNED[name])
     exact, slopes, _ = value(pretrainer, batch, Double())
-    assert exact != 0 and any(g.any() for g in slopes)
+    assert exact != 0
+    assert any(g.any() for g in slopes)
     for estimator in (Forward(), Difference(), Difference(1e-6, sides=1)):
         found, gradients, _ = value(pretrainer, batch, estimator)
         assert_close(found, exact, rtol=1e-2, atol=1e-9)
@@ -94,7 +95,7 @@ def test_estimators_agree(name):
 def test_the_value_is_the_drop_of_the_feedbacks_loss(name):
     """After one small SGD step on the designed task, and the other way round for the gradient by the designer."""
     pretrainer, batch = made(*DESIGNED[name])
-    found, slopes, direction = value(pretrainer, batch, Double())
+    found, slopes, _ = value(pretrainer, batch, Double())
     objective, probe, rate = pretrainer.objective, probe_of(pretrainer), 1e-5
     run = {"progress": batch["progress"], "step": batch["step"]}
     part = {n: v for n, v in batch.items() if n != "feedback"}
@@ -138,7 +139,7 @@ def test_the_learner_takes_the_plain_step_on_the_detached_task(name):
         p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     before = {n: p.detach().clone() for n, p in pretrainer.state_dict().items()}
     state = torch.get_rng_state()
-    probe, task = step(pretrainer, batch)
+    _, task = step(pretrainer, batch)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[n], x) for n, x in pretrainer.state_dict().items())
     got = {n: p.grad for n, p in pretrainer.named_parameters()}
@@ -187,15 +188,14 @@ def test_two_ranks_look_ahead_as_one_process_does(ranks, name, split):
 
 
 def test_controls():
-    """Noise has the length of the gradient, shuffled labels give another direction, and a designer that is still gets none."""
+    """Noise has the length of the gradient, and a designer that is still gets none."""
     inner, designer = DESIGNED["tokens"]
     (head, phi), direction, _ = ahead([list(range(7))], "tokens", False)
     (_, noise), same, _ = ahead([list(range(7))], "tokens", False, "random")
     length = [torch.cat([g.flatten() for g in x]).norm() for x in (phi, noise)]
     assert_close(length[0], length[1])
-    assert abs(cosine(phi, noise)) < 0.6 and all(torch.equal(a, b) for a, b in zip(direction, same, strict=True))
-    (_, other), wrong, _ = ahead([list(range(7))], "tokens", False, "shuffled")
-    assert cosine(direction, wrong) < 0.99 and cosine(phi, other) < 0.999
+    assert abs(cosine(phi, noise)) < 0.6
+    assert all(torch.equal(a, b) for a, b in zip(direction, same, strict=True))
     (only,), _, _ = ahead([list(range(7))], "tokens", False, "still")
     assert_close(only, head)
     pretrainer, batch = made(inner, designer, against=True)
@@ -243,10 +243,12 @@ def test_before_the_designer_begins_only_the_head_learns():
     pretrainer.objective.after = 5
     probe = probe_of(pretrainer)
     left = pretrainer.objective.before_step(probe, batch)
-    assert len(probe.handed) == 1 and "feedback" not in left
+    assert len(probe.handed) == 1
+    assert "feedback" not in left
     del batch["feedback"]
     probe = probe_of(pretrainer)
-    assert pretrainer.objective.before_step(probe, {**batch, "step": 6}).keys() == batch.keys() and not probe.handed
+    assert pretrainer.objective.before_step(probe, {**batch, "step": 6}).keys() == batch.keys()
+    assert not probe.handed
 
 
 @pytest.mark.parametrize(
@@ -258,11 +260,15 @@ def test_before_the_designer_begins_only_the_head_learns():
         ({"designer": partial(PartWeights)}, "expected a Weighted objective of several"),
         ({"designer": partial(SoftTargets, k=0)}, "answers"),
         ({"inner": partial(Contrastive, a="image", b="text"), "designer": SoftTargets}, "answers every place with ids"),
-        ({"feedback": partial(Causal, modality="text"), "control": "shuffled"}, "name keys in `labels`"),
+        ({"feedback": partial(Causal, modality="text"), "against": True}, "name keys in `labels`"),
     ],
 )
 def test_what_cannot_work_is_refused(options, said):
     inner, designer = DESIGNED["tokens"]
-    with pytest.raises(ValueError, match=said):
+
+    def begun():
         pretrainer, batch = made(**{"inner": inner, "designer": designer, **options})
         pretrainer.objective.before_step(probe_of(pretrainer), batch)
+
+    with pytest.raises(ValueError, match=said):
+        begun()
