@@ -34,6 +34,14 @@ COMMANDS = {
         "headwater.tools.generate:generate",
         "Make texts, pictures, sounds, films or actions with a backbone, given others or their own beginning",
     ),
+    "relabel": (
+        "headwater.tools.relabel:relabel",
+        "Write shards with what models say of samples: labels or texts, chosen by confidence, vote and rule",
+    ),
+    "select": (
+        "headwater.tools.select:select",
+        "Score the samples of a pool by what they do for a target, and write those that do most as shards",
+    ),
     "doctor": ("headwater.tools.doctor:doctor", "Print which kernels, decoders and devices this machine has, and why not"),
     "plan": (
         "headwater.tools.plan:plan",

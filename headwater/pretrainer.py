@@ -151,7 +151,6 @@ class Pretrainer(pl.LightningModule):
         return self.backbone.prepare(batch) | labels | within
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(random.seed_of(self.seed, self.global_step, self.global_rank))  # dropout too is a function of the step
         optimizer: Any = self.optimizers()
         self.spent = time_spent(self.trainer)
         self.apply_schedules(optimizer)
@@ -159,7 +158,9 @@ class Pretrainer(pl.LightningModule):
         for form in self.backbone.forms:
             form.at(self.backbone, self.progress)
         optimizer.zero_grad()
-        probe = Probe(self, self.backbone, self.call, random.seed_of(self.seed, self.global_step, self.global_rank))
+        seed = random.seed_of(self.seed, self.global_step, self.global_rank)
+        torch.manual_seed(seed)  # dropout too is a function of the step
+        probe = Probe(self, self.backbone, self.call, seed, self.global_step, self.micro)
         batch = self.objective.before_step(probe, batch)
         pieces = [self.hide(piece) for piece in self.objective.pieces(batch, self.micro)]
         numbers = count([self.objective.numbers(piece) for piece in pieces])

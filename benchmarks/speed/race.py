@@ -9,23 +9,26 @@ from torch import Tensor
 
 from benchmarks.speed.stopwatch import Timing, ratio
 from benchmarks.speed.trunk import clock
-from headwater.objectives.objective import Batch, weighted_sum
-from headwater.pretrainer import Pretrainer, count
+from headwater.objectives.objective import Batch, count, weighted_sum
+from headwater.objectives.probe import Probe
+from headwater.pretrainer import Pretrainer
 
 Step = Callable[[], Tensor]  # one optimizer step, which returns its loss
 OURS = "headwater"
 
 
 def stepping(trained: Pretrainer, batch: Batch, optimizer: torch.optim.Optimizer, clip: float = 0.0) -> Step:
-    """What a Pretrainer does in a step: hide, count, ask, backward, update. clip: largest norm of the gradient, 0 = no bound."""
+    """What a Pretrainer does in a step: look ahead, hide, count, ask, backward, update. clip: largest norm of the gradient, 0 = no bound."""
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        task = trained.hide(batch)
+        probe = Probe(trained, trained.backbone, trained.call)
+        task = trained.hide(trained.objective.before_step(probe, batch))
         loss = weighted_sum(trained.ask(task), count([trained.objective.numbers(task)]), 1)
         loss.backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(trained.parameters(), clip)
+        probe.give(apart=True, clip=clip)
         optimizer.step()
         trained.objective.after_step(trained.backbone, 0.0)
         return loss.detach()

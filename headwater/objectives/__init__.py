@@ -22,6 +22,7 @@ from headwater.objectives.objective import Objective, Term
 from headwater.objectives.paired import Paired
 from headwater.objectives.positions import Positions
 from headwater.objectives.prefixed import Prefixed
+from headwater.objectives.probed import Probed
 from headwater.objectives.reconstructed import Reconstructed
 from headwater.objectives.regions import Regions
 from headwater.objectives.registers import Registers
@@ -62,6 +63,7 @@ __all__ = [
     "Paired",
     "Positions",
     "Prefixed",
+    "Probed",
     "Reconstructed",
     "Regions",
     "Registers",

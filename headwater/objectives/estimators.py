@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -20,13 +21,13 @@ from headwater.attention import higher_order
 from headwater.objectives.probe import Ask, Probe, total
 
 
-class Estimator:
+class Estimator(nn.Module):
     """Called with a probe, the loss to ask for, a direction of `probe.theta` and the designer's parameters phi.
 
     Returns the value () and its gradient by phi, both summed over ranks.
     """
 
-    def __call__(
+    def forward(
         self, probe: Probe, ask: Ask, direction: Sequence[Tensor], phi: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor]]:
         raise NotImplementedError(f"{type(self).__name__} must return the value and its gradient")
@@ -38,7 +39,7 @@ class Double(Estimator):
     Attention runs on math kernels, and memory is several times as large.
     """
 
-    def __call__(
+    def forward(
         self, probe: Probe, ask: Ask, direction: Sequence[Tensor], phi: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor]]:
         whole(probe, type(self).__name__)
@@ -52,10 +53,11 @@ class Double(Estimator):
 class Forward(Estimator):
     """Exact, in forward mode: one pass that carries the derivative along, then one backward pass by phi.
 
-    Attention runs on math kernels, and memory is about twice as large.
+    Attention runs on math kernels, and memory is about twice as large. torch cannot go backward through a softmax in forward mode,
+    so where the designer changes what attention sees, as views do, take another one.
     """
 
-    def __call__(
+    def forward(
         self, probe: Probe, ask: Ask, direction: Sequence[Tensor], phi: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor]]:
         whole(probe, type(self).__name__)
@@ -81,14 +83,17 @@ class Difference(Estimator):
     def __init__(self, relative: float | None = None, sides: int = 2) -> None:
         if (relative is not None and relative <= 0) or sides not in (1, 2):
             raise ValueError(f"found relative={relative} and sides={sides}; expected a step above 0, and 1 or 2 sides")
+        super().__init__()
         self.relative, self.sides = relative, sides
+        self.factor: Tensor
+        self.register_buffer("factor", torch.ones((), dtype=torch.float64))  # on the step; `Checked` changes it
 
-    def __call__(
+    def forward(
         self, probe: Probe, ask: Ask, direction: Sequence[Tensor], phi: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor]]:
         relative = self.relative or torch.finfo(probe.theta[0].dtype).eps ** (1 / 3) / 4
         length = probe.norm(direction)
-        amount = float(relative * probe.norm(probe.theta) / length.clamp(min=1e-30))
+        amount = float(self.factor * relative * probe.norm(probe.theta) / length.clamp(min=1e-30))
         found = []
         with torch.autocast(probe.theta[0].device.type, enabled=False):
             for side in (amount, -amount if self.sides == 2 else 0.0):
@@ -96,6 +101,53 @@ class Difference(Estimator):
                     found.append(probe.gradient(ask, phi))
         (up, ups), (down, downs) = found
         return (up - down) / (self.sides * amount), [(a - b) / (self.sides * amount) for a, b in zip(ups, downs, strict=True)]
+
+
+class Checked(Estimator):
+    """Another estimator, beside double backward now and then: a warning says when they disagree.
+
+    The step of a `Difference` then becomes the best of a quarter, one and four times itself. Memory of double backward is needed
+    in such a step, so combine it with `pieces`.
+
+    Args:
+        estimator: what is used; None = Difference().
+        every: steps of the run between comparisons, a multiple of the steps between batches of feedback.
+        least: cosine between the two gradients by the designer.
+    """
+
+    def __init__(self, estimator: Estimator | None = None, every: int = 200, least: float = 0.98) -> None:
+        super().__init__()
+        if every < 1 or not -1 <= least <= 1:
+            raise ValueError(f"found every={every} and least={least}; expected 1 or more steps, and a cosine")
+        self.estimator, self.every, self.least = estimator or Difference(), every, least
+
+    def forward(
+        self, probe: Probe, ask: Ask, direction: Sequence[Tensor], phi: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
+        found = self.estimator(probe, ask, direction, phi)
+        if probe.step % self.every:
+            return found
+        exact = Double()(probe, ask, direction, phi)
+        agreement = cosine(probe, found[1], exact[1])
+        probe.tell("estimator", agreement)
+        if agreement >= self.least:
+            return found
+        name = type(self.estimator).__name__
+        rank_zero_warn(
+            f"step {probe.step}: {name} and double backward disagree about the designer's gradient (cosine {agreement:.3f})"
+        )
+        if isinstance(self.estimator, Difference):
+            first, tried = self.estimator.factor.clone(), {}
+            for factor in (0.25, 1.0, 4.0):
+                self.estimator.factor.copy_(first * factor)
+                tried[factor] = float(cosine(probe, self.estimator(probe, ask, direction, phi)[1], exact[1]))
+            self.estimator.factor.copy_(first * max(tried, key=lambda factor: tried[factor]))
+        return exact
+
+
+def cosine(probe: Probe, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Of two gradients."""
+    return probe.dot(a, b) / (probe.norm(a) * probe.norm(b)).clamp(min=1e-30)
 
 
 class Pass(nn.Module):

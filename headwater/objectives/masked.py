@@ -217,10 +217,10 @@ class Masked(Objective):
     def numbers(self, batch: Batch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, asked in batch["asked"].items():
-            found |= {self._term(name, extra): asked.sum() for extra in ("", *self.targets[name].terms)}
+            found |= {self.term_of(name, extra): asked.sum() for extra in ("", *self.targets[name].terms)}
         return found
 
-    def _term(self, name: str, extra: str = "") -> str:
+    def term_of(self, name: str, extra: str = "") -> str:
         """masked, or masked/image of several modalities; behind them the extra terms of a target."""
         return "/".join(["masked", *([name] if len(self.hides) > 1 else []), *([extra] if extra else [])])
 
@@ -228,9 +228,9 @@ class Masked(Objective):
         terms: dict[str, Term] = {}
         for name, (wrong, extra) in self._errors(model, batch).items():
             weight = self.weights[name]
-            total = (wrong * self._asked(batch, name).real()).sum()
-            terms[self._term(name)] = Term(total, batch["asked"][name].sum(), weight)
-            terms |= {self._term(name, n): term._replace(weight=term.weight * weight) for n, term in extra.items()}
+            total = (wrong * self._worth(batch, name)).sum()
+            terms[self.term_of(name)] = Term(total, batch["asked"][name].sum(), weight)
+            terms |= {self.term_of(name, n): term._replace(weight=term.weight * weight) for n, term in extra.items()}
         return terms
 
     def predict(self, model: Model, batch: Batch) -> dict[str, Tensor]:
@@ -241,6 +241,12 @@ class Masked(Objective):
     def _asked(self, batch: Batch, name: str) -> Tokens:
         """Raw tokens (B, K) of the hidden places."""
         return batch[name].take(*batch["places"][name])
+
+    def _worth(self, batch: Batch, name: str) -> Tensor:
+        """(B, K): whether a place is asked for, and what its error counts where a designer says so."""
+        real = self._asked(batch, name).real()
+        said = batch.get("worth", {}).get(name)  # (B, N)
+        return real if said is None else real * at_index(said, batch["places"][name].column)
 
     def _errors(self, model: Model, batch: Batch) -> dict[str, tuple[Tensor, dict[str, Term]]]:
         """Modality -> error per hidden place (B, K), and the extra terms of its target."""

@@ -53,6 +53,7 @@ class Objective(nn.Module):
     views: random views that the loader shall make, by their key in the batch: a modality, "@" and a name ("image@global0").
     readers: of labels that only this objective uses; their Tokens come under these keys and have no encoder.
     classes: how many answers each target chooses from, where that is one fixed number.
+    outermost: it makes the gradient of the whole step, so nothing may stand around it.
     feedback_needs: batch keys of a small labelled batch that comes under "feedback" every `every` steps; () = none comes.
     """
 
@@ -63,6 +64,7 @@ class Objective(nn.Module):
     classes: int | None = None
     feedback_needs: tuple[str, ...] = ()
     every: int = 1
+    outermost: bool = False
 
     def before_step(self, probe: Any, batch: Batch) -> Batch:
         """Once per optimizer step, before anything is hidden: a look at gradients, by a headwater.objectives.probe.Probe.

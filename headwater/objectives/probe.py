@@ -32,10 +32,13 @@ class Probe:
         learner: the part of it whose trainable parameters are `theta`.
         call: runs a function while the weights can be used (under FSDP2 they are gathered).
         seed: of dropout in every pass that is made here.
+        step: its number. micro: pieces that its batch is cut into to save memory.
     """
 
-    def __init__(self, module: nn.Module, learner: nn.Module, call: Callable[[Ask], Any], seed: int = 0) -> None:
-        self.module, self.learner, self.call, self.seed = module, learner, call, seed
+    def __init__(
+        self, module: nn.Module, learner: nn.Module, call: Callable[[Ask], Any], seed: int = 0, step: int = 0, micro: int = 1
+    ) -> None:
+        self.module, self.learner, self.call, self.seed, self.step, self.micro = module, learner, call, seed, step, micro
         named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         self.names, self.theta = list(named), list(named.values())
         self.shared = any(isinstance(p, DTensor) for p in self.theta)

@@ -18,6 +18,7 @@ from headwater.attention import higher_order_is_on
 from headwater.objectives.objective import cross_entropy, wide
 
 TILE = 1 << 22  # logits at once
+Choose = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def log_probabilities(unembed: Callable[[Tensor], Tensor], x: Tensor, answer: Tensor, alike: bool = False) -> Tensor:
@@ -86,6 +87,46 @@ class Tiled(torch.autograd.Function):
             slope = change(scores, scores.logsumexp(-1, keepdim=True), answer[here], outer[0][here])
             gradients.add(here, logits, piece, slope)
         return None, None, None, None, gradients.x, *gradients.parameters
+
+
+def expected_log_probability(unembed: Callable[[Tensor], Tensor], x: Tensor, choose: Choose) -> Tensor:
+    """sum_k w_k log p of K ids each, (T, D) -> (T,), where ids and weights are chosen by what is answered, as constants.
+
+    Every answer that comes out must weigh the same in the loss: gradients are made while a tile's logits are there.
+    choose: log p (R, V) of some rows, and which rows -> ids (R, K) and weights (R, K).
+    """
+    if higher_order_is_on():
+        log_p = wide(unembed(x)).log_softmax(-1)
+        with torch.no_grad():
+            ids, weight = choose(log_p, slice(0, len(x)))
+        return (weight * log_p.gather(-1, ids)).sum(-1)
+    probe = unembed(x.new_zeros(1, x.shape[-1]))
+    return Expected.apply(unembed, choose, max(1, TILE // probe.shape[-1]), x, *leaves(probe))  # type: ignore[no-any-return]
+
+
+class Expected(torch.autograd.Function):
+    """apply(unembed, choose, rows of a tile, x (T, D), *parameters of unembed) -> (T,)."""
+
+    @staticmethod
+    def forward(ctx: Any, unembed: Any, choose: Choose, rows: int, x: Tensor, *parameters: Tensor) -> Tensor:
+        learns, out, gradients = any(ctx.needs_input_grad), wide(x).new_empty(len(x)), Gradients(x, parameters)
+        for start in range(0, len(x), rows):
+            here = slice(start, start + rows)
+            with torch.set_grad_enabled(learns):
+                piece = x[here].detach().requires_grad_(learns)
+                logits = unembed(piece)
+            log_p = wide(logits.detach()).log_softmax(-1)
+            ids, weight = choose(log_p, here)
+            out[here] = (weight * log_p.gather(-1, ids)).sum(-1)
+            if learns:
+                gradients.add(here, logits, piece, change(log_p, torch.zeros_like(log_p[:, :1]), ids, weight))
+        ctx.save_for_backward(gradients.x, *gradients.parameters)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:  # type: ignore[override]
+        weight = outer[0][0] if len(outer[0]) else outer[0].sum()
+        return None, None, None, *(None if g is None else weight.to(g.dtype) * g for g in ctx.saved_tensors)
 
 
 class Gradients:

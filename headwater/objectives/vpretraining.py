@@ -21,6 +21,7 @@ from torch import Tensor
 from headwater import distributed, random
 from headwater.model import Model
 from headwater.objectives.designers.designer import Designer
+from headwater.objectives.directions import Direction
 from headwater.objectives.estimators import Difference, Double, Estimator
 from headwater.objectives.objective import Batch, Objective, Term
 from headwater.objectives.probe import Ask, Probe
@@ -76,6 +77,7 @@ class VPretraining(Wrapped):
         against: bool = False,
         control: Control | None = None,
         labels: list[str] | None = None,
+        direction: Direction | None = None,
     ) -> None:
         super().__init__(model, inner)
         if every < 1 or after < 0 or pieces < 1 or (budget is not None and budget <= 0):
@@ -92,7 +94,7 @@ class VPretraining(Wrapped):
             where,
             pieces,
         )
-        self.budget, self.against, self.control = budget, against, control
+        self.budget, self.against, self.control, self.direction = budget, against, control, direction
         self.feedback_needs = self.feedback.needs
         self.readers = merged({"inner": self.inner.readers, "feedback": self.feedback.readers, "designer": self.designer.readers})
         self.views = merged({"inner": self.inner.views, "feedback": self.feedback.views})
@@ -123,7 +125,10 @@ class VPretraining(Wrapped):
         probe.watch(direction)
         if moves:
             estimator, pieces = CANDIDATES[int(self.chosen)] if self.chosen >= 0 else (self.estimator, self.piece_count)
-            self._improve(probe, model, piece(found, pieces, step // self.every), direction, estimator)
+            part = piece(found, pieces, step // self.every)
+            if self.direction is not None:
+                direction = self.direction(probe, self._ask(probe, model, part), direction)
+            self._improve(probe, model, part, direction, estimator)
         for name, value in self.designer.tell().items():
             probe.tell(f"designer/{name}", value)
         return self.inner.before_step(probe, found)
@@ -152,7 +157,7 @@ class VPretraining(Wrapped):
     def _ask(self, probe: Probe, model: Model, part: Batch) -> Ask:
         """The loss of the task that the designer would set, with a graph to its parameters. What it looks at stays the same."""
         with torch.no_grad(), probe.still():
-            hints = probe.call(lambda: self.designer.look(self.inner, model, part))
+            hints = probe.call(lambda: self.designer.look(self.inner, model, part, True))
         probe.let_go()
 
         def ask() -> dict[str, Term]:
@@ -188,7 +193,7 @@ class VPretraining(Wrapped):
         rank_zero_warn(f"no estimator keeps the budget of {self.budget:.0%}; raise `every`, or make the batch of feedback smaller")
 
     def look(self, model: Model, batch: Batch) -> Any:
-        return self.designer.look(self.inner, model, batch)
+        return self.designer.look(self.inner, model, batch, False)
 
     def task(self, batch: Batch, hints: Any = None) -> Batch:
         return self.designer.design(self.inner, batch, hints, False)

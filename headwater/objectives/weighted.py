@@ -130,6 +130,10 @@ class Weighted(Objective):
         made = {name: make(model) for name, make in parts.items()}
         if fed := [name for name, part in made.items() if part.feedback_needs]:
             raise ValueError(f"found feedback in the part {fed[0]}; put it outside, as VPretraining(inner=Weighted)")
+        if outer := [name for name, part in made.items() if part.outermost]:
+            raise ValueError(
+                f"found {type(made[outer[0]]).__name__} as a part; it makes the gradient of a whole step, so put it outside"
+            )
         self.parts: Any = nn.ModuleDict(made)
         self.turns.meet(tuple(made))
         self.weights = {name: (weights or {}).get(name, 1.0) for name in parts}

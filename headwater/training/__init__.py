@@ -9,6 +9,7 @@ from headwater.training.fused_ops import Fused
 from headwater.training.fused_optimizers import DistributedAdamW, FusedAdamW, FusedLamb, FusedNovograd, FusedSgd
 from headwater.training.groups import Groups
 from headwater.training.guard import Guard
+from headwater.training.mixing import Mixing
 from headwater.training.optimizers import AdamW8bit, GaLore, Mixed, ScheduleFree
 from headwater.training.replay import Forgetting, Shares
 from headwater.training.restarts import Jagged, Restarts
@@ -44,6 +45,7 @@ __all__ = [
     "Jagged",
     "Linear",
     "Mixed",
+    "Mixing",
     "Named",
     "Points",
     "Restarts",

@@ -9,7 +9,7 @@ import headwater
 ROOT = Path(headwater.__file__).parent
 LAYERS = [
     {"tokens", "random", "view", "init", "distributed", "spec", "fused", "embedded", "codes"},
-    {"attention", "position", "cache", "sequence", "process", "turns"},
+    {"attention", "position", "cache", "sequence", "process", "turns", "controllers", "tally"},
     {"layers"},
     {"trunk", "teacher"},
     {"pooling", "forms"},

@@ -26,7 +26,7 @@ TRAIN = {
 
 def module(step=0, **options):
     data = ShardDataModule(**{"train": TRAIN, "batch_size": 4, "workers": 0, "notice": 6, **options})
-    objective = SimpleNamespace(needs=tuple(READERS), views={})
+    objective = SimpleNamespace(needs=tuple(READERS), views={}, feedback_needs=())
     trained = SimpleNamespace(readers=READERS, objective=objective, device="cpu")
     data.trainer = SimpleNamespace(global_step=step, lightning_module=trained)
     data.setup("fit")

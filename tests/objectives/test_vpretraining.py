@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from headwater import distributed, modalities
 from headwater.objectives import Causal, Contrastive, Flow, Masked, Supervised, VPretraining, Weighted
 from headwater.objectives.designers import PartWeights, SoftTargets, SourceWeights, TokenWeights
-from headwater.objectives.estimators import Difference, Double, Forward
+from headwater.objectives.estimators import Checked, Difference, Double, Forward
 from headwater.objectives.objective import count, weighted_sum
+from headwater.objectives.probe import Probe
 from headwater.pretrainer import Pretrainer
 from headwater.training.sharding import shard
 
@@ -57,8 +58,6 @@ def made(inner, designer, feedback=named, rows=None, fuse=None, **options):
 
 
 def probe_of(pretrainer):
-    from headwater.objectives.probe import Probe
-
     return Probe(pretrainer, pretrainer.backbone, pretrainer.call, 3)
 
 
@@ -272,3 +271,21 @@ def test_what_cannot_work_is_refused(options, said):
 
     with pytest.raises(ValueError, match=said):
         begun()
+
+
+def test_a_wrong_step_of_the_difference_is_found_and_mended():
+    pretrainer, batch = made(*DESIGNED["soft targets"])
+    far = Checked(Difference(1e-15), every=4)  # rounding is all that is left
+    probe = Probe(pretrainer, pretrainer.backbone, pretrainer.call, 3, step=4)
+    direction = pretrainer.objective._direction(probe, pretrainer.backbone, {**batch["feedback"], "progress": 0.5, "step": 4})
+    part = {name: v for name, v in batch.items() if name != "feedback"}
+    ask, phi = pretrainer.objective._ask(probe, pretrainer.backbone, part), list(pretrainer.objective.designer.parameters())
+    with pytest.warns(UserWarning, match="disagree about the designer's gradient"):
+        _, slopes = far(probe, ask, direction, phi)
+    assert_close(slopes, Double()(probe, ask, direction, phi)[1])
+    assert probe.told["estimator"] < 0.98
+    near = Checked(Difference(), every=4)
+    near(probe, ask, direction, phi)
+    assert near.estimator.factor == 1
+    assert probe.told["estimator"] > 0.999
+    assert "factor" in {name.rpartition(".")[2] for name in near.state_dict()}

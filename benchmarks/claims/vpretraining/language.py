@@ -144,9 +144,7 @@ def seeded(seed: int, steps: int, quick: bool = False) -> tuple[dict[str, dict[s
         answers = partial(Causal, likelihood=Likelihood(drop=Answers()))
         steering = Steering(partial(SourceWeights, groups=len(SHARES)), answers, 30.0, {"every": 5, "after": 0 if quick else 50})
         given, wrong = (Feedback(Source(shards[name]), 32) for name in ("feedback", "shuffled"))
-        found, wants = arms(
-            partial(deepcopy, first), Causal, steering, data, given, wrong, judge, steps, seed, RATE, batch_size=32
-        )
+        found, wants = arms(partial(deepcopy, first), Causal, steering, data, given, wrong, judge, steps, seed, RATE, batch_size=32)
         oracle = {name: data[name] for name in ("prose", "right")}
         direct = {**data, "feedback": Source(shards["feedback"], weight=0.15)}
         for name, sources in (("oracle", oracle), ("trained on feedback", direct)):

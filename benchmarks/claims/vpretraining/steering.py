@@ -62,9 +62,7 @@ def trained(
         data = ShardDataModule(
             train=dict(train), feedback=feedback, batch_size=batch_size, unit=unit, workers=0, notice=1, seed=seed
         )
-        trainer = pl.Trainer(
-            max_steps=steps, accelerator="cpu", enable_model_summary=False, use_distributed_sampler=False, **quiet
-        )
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", enable_model_summary=False, use_distributed_sampler=False, **quiet)
         start = time.process_time()
         trainer.fit(pretrainer, data)
     pretrainer.eval()
@@ -82,12 +80,13 @@ def arms(
     steps: int,
     seed: int,
     rate: float,
+    plain: Make | None = None,
     **run: Any,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
     """Arm -> figures of the judge; and what the designer of V-Pretraining wants in the end.
 
     fresh: the learner, always with the same weights. given: the feedback; wrong: the same with shuffled labels. "plain, as long"
-    learns for as many steps as fit into the processor time that V-Pretraining took.
+    learns for as many steps as fit into the processor time that V-Pretraining took. plain: what both learn, where it is not `inner`.
     """
 
     def go(objective: Make, steps: int = steps, feedback: Feedback | None = None) -> tuple[Pretrainer, float]:
@@ -99,12 +98,12 @@ def arms(
             VPretraining, inner=inner, feedback=steering.feedback, designer=steering.designer, **{**steering.options, **options}
         )
 
-    plain, seconds = go(inner)
+    first, seconds = go(plain or inner)
     ours, longer = go(with_feedback(), feedback=given)
     noise, _ = go(with_feedback(control="random"), feedback=given)
     lost, _ = go(with_feedback(), feedback=wrong)
-    long, _ = go(inner, round(steps * longer / seconds))
-    found = {"plain": plain, "plain, as long": long, "random designer": noise, "shuffled feedback": lost, "V-Pretraining": ours}
+    long, _ = go(plain or inner, round(steps * longer / seconds))
+    found = {"plain": first, "plain, as long": long, "random designer": noise, "shuffled feedback": lost, "V-Pretraining": ours}
     wants = {name: [round(float(x), 3) for x in torch.atleast_1d(value)] for name, value in ours.objective.designer.tell().items()}  # type: ignore[operator]
     figures = {name: dict(judge(p.backbone)) for name, p in found.items()}
     return figures, {**wants, "time": [round(longer / seconds, 2)]}

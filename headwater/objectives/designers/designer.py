@@ -26,7 +26,7 @@ class Designer(nn.Module):
     needs: tuple[str, ...] = ()
     readers: Mapping[str, Reader] = {}
 
-    def look(self, inner: Objective, model: Model, batch: Batch) -> Any:
+    def look(self, inner: Objective, model: Model, batch: Batch, ahead: bool) -> Any:
         """Without gradient, what `design` wants to know from the model; what the objective itself looks at is part of it."""
         return inner.look(model, batch)
 

@@ -11,21 +11,30 @@ from headwater.init import ZERO, Rule, constant
 from headwater.model import Model
 from headwater.objectives.designers.designer import Designer
 from headwater.objectives.objective import Batch, Objective, Term, wide
-from headwater.objectives.tiled_likelihood import TILE, log_probabilities
+from headwater.objectives.tiled_likelihood import TILE, expected_log_probability, log_probabilities
 
 
 class Guesses(NamedTuple):
-    """What the learner answers. hints: of the objective; ids, log_p: its K best answers of each token, (B, N, K), best first;
-    right: log p of the right one, (B, N)."""
+    """What the learner answers at T places. ids, log_p: (T, K) its K best, best first; right: (T,) log p of the right id."""
 
-    hints: Any
     ids: Tensor
     log_p: Tensor
     right: Tensor
 
 
-class Guessing(Designer):
-    """Reads the learner's answers to the task, and prices the objective's tokens itself.
+class Looked(NamedTuple):
+    """hints: of the objective. guesses: those of the first pass that looks ahead, in which they are made, so that all passes share
+    them; None = each step makes its own."""
+
+    hints: Any
+    guesses: list[Guesses] | None
+
+
+class TargetDesigner(Designer):
+    """Prices the objective's tokens by what the learner answers: sum_k w_k (-log p_k) over the right id and the K best others.
+
+    What is read of the answers is a constant, so the loss is linear in w: looking ahead needs no graph of the learner, and the
+    learner's step no second pass.
 
     Args:
         model: not read.
@@ -52,41 +61,60 @@ class Guessing(Designer):
         """Before it has learned it says 0 of every token."""
         return {"net.2.weight": ZERO}
 
-    def look(self, inner: Any, model: Model, batch: Batch) -> Guesses:
-        hints = inner.look(model, batch)
-        task = inner.task(batch, hints)
-        states, unembed = inner.states(model, task), model.encoder(inner.modality).unembed
-        best, right = [], []
-        flat, answer = states.flatten(0, 1), task["answer"].flatten()
-        rows = max(1, TILE // inner.classes)
-        for start in range(0, len(flat), rows):
-            log_p = wide(unembed(flat[start : start + rows])).log_softmax(-1)
-            best.append(log_p.topk(self.k))
-            right.append(log_p.gather(-1, answer[start : start + rows, None])[:, 0])
-        shape = states.shape[:2]
-        ids, values = (torch.cat([getattr(b, name) for b in best]).view(*shape, self.k) for name in ("indices", "values"))
-        return Guesses(hints, ids, values, torch.cat(right).view(shape))
+    def look(self, inner: Objective, model: Model, batch: Batch, ahead: bool) -> Looked:
+        return Looked(inner.look(model, batch), [] if ahead else None)
+
+    def design(self, inner: Objective, batch: Batch, hints: Looked, ahead: bool) -> Batch:
+        return {**inner.task(batch, hints.hints), "guesses": hints.guesses}
+
+    def ask(self, inner: Any, model: Model, task: Batch) -> dict[str, Term]:
+        asked, unembed = task["asked"], model.encoder(inner.modality).unembed
+        x, answer, memory = inner.states(model, task)[asked], task["answer"][asked], task["guesses"]
+        if memory is None:
+
+            def choose(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+                return self.targets(self.guess(log_p, answer[rows]), answer[rows])
+
+            cost = -expected_log_probability(unembed, x, choose)
+        else:
+            if not memory:
+                memory.append(self.guesses(unembed, x.detach(), answer))
+            ids, weight = self.targets(memory[0], answer)
+            log_p = log_probabilities(unembed, x, ids)
+            cost = -(weight.to(log_p.dtype) * log_p).sum(-1)
+        (name,) = inner.numbers(task)
+        return {name: Term(cost.sum(), asked.sum())}
+
+    @torch.no_grad()
+    def guesses(self, unembed: Any, x: Tensor, answer: Tensor) -> Guesses:
+        """Of vectors (T, D), in tiles."""
+        rows = max(1, TILE // unembed(x[:1]).shape[-1]) if len(x) else 1
+        starts = range(0, max(len(x), 1), rows)
+        every = [self.guess(wide(unembed(x[s : s + rows])).log_softmax(-1), answer[s : s + rows]) for s in starts]
+        return Guesses(*(torch.cat(field).detach() for field in zip(*every, strict=True)))  # from forward mode, too
+
+    def guess(self, log_p: Tensor, answer: Tensor) -> Guesses:
+        """log_p: (T, V); answer: (T,) ids."""
+        best = log_p.topk(self.k)
+        return Guesses(best.indices, best.values, log_p.gather(-1, answer[:, None])[:, 0])
 
     def read(self, seen: Guesses) -> Tensor:
-        """(B, N, outputs)."""
-        read = torch.cat([seen.log_p, seen.right[..., None]], -1).clamp(min=-20) / 5
+        """(T, outputs)."""
+        read = torch.cat([seen.log_p, seen.right[:, None]], -1).clamp(min=-20) / 5
         return self.net(read.to(next(self.net.parameters()).dtype))
 
-    @staticmethod
-    def name(inner: Objective, task: Batch) -> str:
-        """Of the only term."""
-        (name,) = inner.numbers(task)
-        return name
+    def targets(self, seen: Guesses, answer: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (T, any) and their weights w."""
+        raise NotImplementedError(f"{type(self).__name__} must say what is asked for, and how much it counts")
 
 
-class SoftTargets(Guessing):
+class SoftTargets(TargetDesigner):
     """The target is the right id mixed with the learner's own K best answers, which the designer weighs.
 
-    q = (1 - m) onehot + m softmax(scores + log p / temperature) over the K best, m = sigmoid(mix), all per token. Because q sums
-    to 1 the loss is sum_k q_k (-log p_k), linear in q.
+    w = (1 - m) onehot + m softmax(scores + log p / temperature) over the K best, m = sigmoid(mix + score), all per token.
 
     Args:
-        model, inner: see Guessing.
+        model, inner: see TargetDesigner.
         k: best answers that may become targets.
         hidden: width of the designer's network.
         temperature: of the learner's answers.
@@ -99,34 +127,26 @@ class SoftTargets(Guessing):
         super().__init__(model, inner, k, hidden, k + 1)
         if temperature <= 0:
             raise ValueError(f"found temperature {temperature}; expected one above 0")
-        self.temperature, self.mix = temperature, nn.Parameter(torch.tensor([mix]))
-        self.first = mix
+        self.temperature, self.mix, self.first = temperature, nn.Parameter(torch.tensor([mix])), mix
 
     def init_rules(self) -> dict[str, Rule]:
         return {**super().init_rules(), "mix": constant(self.first)}
 
-    def design(self, inner: Objective, batch: Batch, hints: Guesses, ahead: bool) -> Batch:
-        said = self.read(hints)
-        share = torch.sigmoid(said[..., :1] + self.mix)
-        best = torch.softmax(said[..., 1:] + hints.log_p.to(said.dtype) / self.temperature, -1)
-        task = inner.task(batch, hints.hints)
-        ids = torch.cat([task["answer"][..., None], hints.ids], -1)
-        return {**task, "ids": ids, "design": torch.cat([1 - share, share * best], -1)}
-
-    def ask(self, inner: Any, model: Model, task: Batch) -> dict[str, Term]:
-        asked, unembed = task["asked"], model.encoder(inner.modality).unembed
-        log_p = log_probabilities(unembed, inner.states(model, task)[asked], task["ids"][asked])
-        return {self.name(inner, task): Term(-(task["design"][asked].to(log_p.dtype) * log_p).sum(), asked.sum())}
+    def targets(self, seen: Guesses, answer: Tensor) -> tuple[Tensor, Tensor]:
+        said = self.read(seen)
+        share = torch.sigmoid(said[:, :1] + self.mix)
+        best = torch.softmax(said[:, 1:] + seen.log_p.to(said.dtype) / self.temperature, -1)
+        return torch.cat([answer[:, None], seen.ids], -1), torch.cat([1 - share, share * best], -1)
 
     def tell(self) -> dict[str, Tensor]:
         return {"mix": self.mix.detach().sigmoid()[0]}
 
 
-class TokenWeights(Guessing):
+class TokenWeights(TargetDesigner):
     """Each token counts 2 sigmoid(w), w from what the learner makes of it.
 
     Args:
-        model, inner: see Guessing.
+        model, inner: see TargetDesigner.
         k: best answers that the designer looks at.
         hidden: width of its network.
     """
@@ -134,10 +154,5 @@ class TokenWeights(Guessing):
     def __init__(self, model: Model, inner: Objective, k: int = 4, hidden: int = 32) -> None:
         super().__init__(model, inner, k, hidden, 1)
 
-    def design(self, inner: Objective, batch: Batch, hints: Guesses, ahead: bool) -> Batch:
-        return {**inner.task(batch, hints.hints), "design": 2 * torch.sigmoid(self.read(hints)[..., 0])}
-
-    def ask(self, inner: Any, model: Model, task: Batch) -> dict[str, Term]:
-        asked, unembed = task["asked"], model.encoder(inner.modality).unembed
-        log_p = log_probabilities(unembed, inner.states(model, task)[asked], task["answer"][asked])
-        return {self.name(inner, task): Term(-(task["design"][asked].to(log_p.dtype) * log_p).sum(), asked.sum())}
+    def targets(self, seen: Guesses, answer: Tensor) -> tuple[Tensor, Tensor]:
+        return answer[:, None], 2 * torch.sigmoid(self.read(seen))

@@ -43,7 +43,7 @@ class SourceWeights(Designer):
         group = batch[self.key]
         return {number: rows_of(batch, group == number) for number in range(len(self.logits))}
 
-    def look(self, inner: Objective, model: Model, batch: Batch) -> dict[int, Any]:
+    def look(self, inner: Objective, model: Model, batch: Batch, ahead: bool) -> dict[int, Any]:
         return {number: inner.look(model, part) for number, part in self.parted(batch).items()}
 
     def design(self, inner: Objective, batch: Batch, hints: dict[int, Any], ahead: bool) -> Batch:
