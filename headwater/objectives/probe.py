@@ -39,6 +39,8 @@ class Probe:
         self, module: nn.Module, learner: nn.Module, call: Callable[[Ask], Any], seed: int = 0, step: int = 0, micro: int = 1
     ) -> None:
         self.module, self.learner, self.call, self.seed, self.step, self.micro = module, learner, call, seed, step, micro
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]  # FSDP2 shows what an earlier call has gathered in place of the shares
         named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         self.names, self.theta = list(named), list(named.values())
         self.shared = any(isinstance(p, DTensor) for p in self.theta)

@@ -389,9 +389,9 @@ OBJECTIVES = {
         modality="action",
         loss=partial(label_losses.Regression, delta=1.0),
     ),
-    "Probed": partial(objectives.Probed, label=modalities.Category(3), through=True),
+    "Probed": partial(objectives.Probed, label=modalities.Category(3)),
     "Probed numbers": partial(
-        objectives.Probed, label=modalities.Numbers(["a", "b"]), modality="audio", unit="token", context=["text"]
+        objectives.Probed, label=modalities.Numbers(["a", "b"]), modality="audio", unit="token", context=["text"], through=False
     ),
     "Transformed turned": partial(objectives.Transformed, modality="image", transform=transformed.Rotation()),
     "Transformed order": partial(objectives.Transformed, modality="text", transform=transformed.Permutation(3)),
