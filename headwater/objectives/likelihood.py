@@ -299,7 +299,7 @@ class Likelihood:
 
         x: (B, N, D) of which `unembed` makes logits; answer: the right ids (B, N); asked: (B, N).
         """
-        found = log_probabilities(unembed, x[asked], answer.x[asked], self.plain)
+        found = log_probabilities(unembed, x[asked], answer.x[asked], self.plain and "worth" not in batch)
         log_p = found.new_zeros(asked.shape).index_put((asked.nonzero(as_tuple=True)), found)
         return self.cost(log_p, answer, batch) * asked
 
