@@ -1,0 +1,1 @@
+"""What models in the loop say of samples, and which of it is kept."""
