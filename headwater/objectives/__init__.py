@@ -1,15 +1,19 @@
 """One file per idea: each hides something, asks the model for it back, and scores the answer."""
 
+from headwater.objectives.agreeing import Agreeing
 from headwater.objectives.anchored import Anchored
 from headwater.objectives.balanced import Balanced
 from headwater.objectives.causal import Causal
+from headwater.objectives.common_minima import CommonMinima
 from headwater.objectives.contrastive import Contrastive
 from headwater.objectives.ctc import CTC
 from headwater.objectives.denoising import Denoising
 from headwater.objectives.discrete_diffusion import DiscreteDiffusion
 from headwater.objectives.distilled import Distilled
 from headwater.objectives.dropout import Dropped
+from headwater.objectives.episodes import Episodes
 from headwater.objectives.flow import Flow
+from headwater.objectives.harmonised import Harmonised
 from headwater.objectives.interleaved import Interleaved
 from headwater.objectives.joint_embedding import JointEmbedding
 from headwater.objectives.latent import Latent
@@ -42,16 +46,20 @@ from headwater.objectives.weighted import Weighted
 
 __all__ = [
     "CTC",
+    "Agreeing",
     "Anchored",
     "Balanced",
     "Causal",
+    "CommonMinima",
     "Conditioned",
     "Contrastive",
     "Denoising",
     "DiscreteDiffusion",
     "Distilled",
     "Dropped",
+    "Episodes",
     "Flow",
+    "Harmonised",
     "Interleaved",
     "JointEmbedding",
     "Latent",

@@ -264,9 +264,8 @@ def grey(x: Tensor) -> Tensor:
 def hue(angle: Tensor) -> Tensor:
     """Turns colours about the grey axis by Rodrigues' formula: (S,) radians -> (S, 3, 3)."""
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    third = angle.new_full((3, 3), 1 / 3)
-    cross = angle.new_tensor(((0, -1, 1), (1, 0, -1), (-1, 1, 0))) / math.sqrt(3)
-    return cos * torch.eye(3).to(angle) + sin * cross + (1 - cos) * third
+    same, cross = angle.new_ones(3).diag(), angle.new_tensor(((0, -1, 1), (1, 0, -1), (-1, 1, 0))) / math.sqrt(3)
+    return cos * same + sin * cross + (1 - cos) / 3
 
 
 def gaussian(width: Tensor, length: int) -> Tensor:
