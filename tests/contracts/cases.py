@@ -389,6 +389,11 @@ OBJECTIVES = {
         modality="action",
         loss=partial(label_losses.Regression, delta=1.0),
     ),
+    "Agreeing": partial(
+        objectives.Agreeing, inner=partial(Contrastive, pairs=[("image", "text", 1), ("image", "audio", 0.5)]), modality="image"
+    ),
+    "CommonMinima": partial(objectives.CommonMinima, inner=partial(Weighted, parts=PARTS)),
+    "Harmonised": partial(objectives.Harmonised, inner=partial(Weighted, parts=PARTS)),
     "Probed": partial(objectives.Probed, label=modalities.Category(3)),
     "Probed numbers": partial(
         objectives.Probed, label=modalities.Numbers(["a", "b"]), modality="audio", unit="token", context=["text"], through=False
