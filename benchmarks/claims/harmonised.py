@@ -1,13 +1,13 @@
 """Samples with wrong names are found by gradients that pull apart, and left out of training.
 
-A sample is a handwritten digit, its name, and another writer's drawing of the same digit, read row by row; 30 % of the names are
+A sample is a handwritten digit, its name, and another drawing of the same digit, read row by row; 30 % of the names are
 those of other digits. One model is trained by contrast of pictures with names and of pictures with drawings. Where all parts
 belong together, both pairs pull the vector of a picture the same way; the cosine between the two gradients tells the wrong ones
 (Wu et al. 2022, arXiv:2211.02077). Measured is how often a right sample has a higher cosine than a wrong one, by the model that
 was trained on all of them: the area under the curve, of which the claim is that it is above 0.7. Beside it stands what that is
-worth: how often pictures of held-out writers are next to their name, from training on all; with the gradients of the pairs
-harmonised; on those whose cosine is above 0, after a quarter of the run; by both; on as many drawn at random, which is the control; and
-on the right ones alone, which nobody knows.
+worth: how often held-out pictures are nearest to their name, from training on all; with the gradients of the pairs harmonised; on
+those whose cosine is above 0, after a quarter of the run; by both; on as many drawn at random, which is the control; and on the
+right ones alone, which nobody knows.
 
     python -m benchmarks.claims.harmonised [--quick]
 """

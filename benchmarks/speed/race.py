@@ -18,7 +18,7 @@ OURS = "headwater"
 
 
 def stepping(trained: Pretrainer, batch: Batch, optimizer: torch.optim.Optimizer, clip: float = 0.0) -> Step:
-    """What a Pretrainer does in a step: look ahead, hide, count, ask, backward, update. clip: largest norm of the gradient, 0 = no bound."""
+    """What a Pretrainer does in a step: look ahead, hide, count, ask, backward, update. clip: largest gradient norm; 0 = any."""
 
     def step() -> Tensor:
         optimizer.zero_grad()

@@ -1,18 +1,22 @@
-"""V-Pretraining on language: answers to 12 % of some problems tell which source of problems deserves trust.
+"""V-Pretraining on language: answers to some problems tell which source of problems deserves trust.
 
-A small language model over bytes has learned English prose with a few word problems (additions) and goes on with a mixture of four
+A small language model over bytes has learned English prose and word problems (additions), and goes on with a mixture of four
 sources: prose (40 %), problems with right answers (15 %), problems whose answers follow another rule (15 %), and problems with
-random answers (30 %). The designer has one weight per source, and the source of each sample, but not what it is. Feedback: 12 % of
-the right problems with their answers; its loss is that of the answers' bytes. Asked for is pass@1, greedy, on problems whose pair
-of numbers is in no training text. Controls: uniform weights (plain, also for as long as V-Pretraining takes), a designer that moves
-at random, feedback with shuffled answers. References: an oracle that has right problems and prose alone, and training on the
-feedback's answers directly. The loss of held-out prose stands beside.
+random answers (30 %). The designer has one weight per source, and the source of each sample, but not what it is. Feedback: as
+many of the right problems, with their answers, as make 12 % of them; its loss is that of the answers' bytes. Asked for is pass@1,
+greedy, on problems that are in no training text, right or wrong. Controls: uniform weights (plain, also for as long as
+V-Pretraining takes), a designer that moves at random, feedback with shuffled answers. References: an oracle that has right
+problems and prose alone, and the feedback's answers as a fifth source that trains. The loss of held-out prose stands beside.
+
+The model must know the problems before: where it does not yet, the three kinds of answers teach it alike which bytes are answers at
+all, and on seed 100 the weight went to the random ones (largest share), with a score no better than plain.
 
     python -m benchmarks.claims.vpretraining.language [--quick]
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,10 +41,10 @@ from headwater.objectives.likelihood import HashDrop, Likelihood
 from headwater.tokens import Tokens
 from headwater.trunk import Trunk
 
-LENGTH, RATE, FIRST, STEPS = 64, 3e-3, 300, 500
+LENGTH, RATE, FIRST, STEPS = 48, 4e-3, 800, 300  # like all settings chosen on seed 100
 SHARES = {"prose": 0.4, "right": 0.15, "other": 0.15, "random": 0.3}
 NAMES, THINGS = ("Ann", "Bob", "Eve", "Max", "Mia", "Tom"), ("pears", "coins", "books", "stamps", "shells")
-MOST = 30  # numbers are below it
+MOST = 6  # numbers are below it
 
 
 class Answers(HashDrop):
@@ -54,38 +58,40 @@ class Answers(HashDrop):
         return (sign.cumsum(1) > 0) & ~sign
 
 
-def problem(a: int, b: int, draw: random.Random) -> str:
+Problem = tuple[str, str, int, int]
+
+
+def words(problem: Problem) -> str:
     """A word problem, up to the sign behind which its answer stands."""
-    name, thing = draw.choice(NAMES), draw.choice(THINGS)
-    return f"{name} has {a} {thing}, gets {b} more. {thing} now ="
+    name, thing, a, b = problem
+    return f"{name} has {a} {thing}, gets {b}, now ="
 
 
 def texts(seed: int, number: int) -> dict[str, list[str]]:
-    """Every set of texts. Pairs of numbers of "test" occur nowhere else."""
+    """Every set of texts. Problems of "test" occur nowhere else, with whatever answer."""
     draw = random.Random(seed)
-    pairs = [(a, b) for a in range(MOST) for b in range(MOST)]
-    draw.shuffle(pairs)
-    held, known = pairs[:150], pairs[150:]
-    pick: Callable[[], tuple[int, int]] = partial(draw.choice, known)
+    every: list[Problem] = list(itertools.product(NAMES, THINGS, range(MOST), range(MOST)))
+    draw.shuffle(every)
+    held, known = every[: len(every) // 5], every[len(every) // 5 :]
     english, test = prose(seed, LENGTH - 1)
-    sets: dict[str, list[str]] = {"prose": english, "prose test": test[:512], "right": [], "other": [], "random": []}
-    for _ in range(number):
-        a, b = pick()
-        sets["right"].append(f"{problem(a, b, draw)}{a + b}")
-        a, b = pick()
-        sets["other"].append(f"{problem(a, b, draw)}{abs(a - b)}")
-        a, b = pick()
-        sets["random"].append(f"{problem(a, b, draw)}{draw.randrange(2 * MOST)}")
+    rules: dict[str, Callable[[int, int], int]] = {
+        "right": lambda a, b: a + b,
+        "other": lambda a, b: abs(a - b),
+        "random": lambda a, b: draw.randrange(2 * MOST - 1),
+    }
+    sets = {"prose": english, "prose test": test[:512]}
+    for kind, rule in rules.items():
+        sets[kind] = [f"{words(p)}{rule(p[2], p[3])}" for p in (draw.choice(known) for _ in range(number))]
     sets["feedback"] = sets["right"][: round(0.12 * number)]
     questions, answers = zip(*(text.split("=") for text in sets["feedback"]), strict=True)
     sets["shuffled"] = [f"{q}={a}" for q, a in zip(questions, draw.sample(answers, len(answers)), strict=True)]
-    sets["test"] = [f"{problem(a, b, draw)}{a + b}" for a, b in held]
+    sets["test"] = [f"{words(p)}{p[2] + p[3]}" for p in held]
     return sets
 
 
 def writer(seed: int) -> Model:
     """A language model over bytes with first weights of its own."""
-    model = Model({"text": Text(Trunk(96, 3, 4, "rotary", norm="rms", activation="silu", gated=True), length=LENGTH)})
+    model = Model({"text": Text(Trunk(64, 2, 2, "rotary", norm="rms", activation="silu", gated=True), length=LENGTH)})
     init.initialise(model, seed, init.Normal())
     return model
 
@@ -135,20 +141,22 @@ def seeded(seed: int, steps: int, quick: bool = False) -> tuple[dict[str, dict[s
         shards = {n: stack.enter_context(trial.written(members(sets[n]))) for n in (*SHARES, "feedback", "shuffled")}
         data = {name: Source(shards[name], weight=share) for name, share in SHARES.items()}
         first = writer(seed)
-        before = {"prose": Source(shards["prose"], weight=0.9), "right": Source(shards["right"], weight=0.1)}
+        before = {"prose": Source(shards["prose"], weight=0.4), "right": Source(shards["right"], weight=0.6)}
         trained(first, Causal, before, 8 if quick else FIRST, seed, RATE, batch_size=32)
 
         def judge(model: Model) -> Mapping[str, float]:
             return {"pass@1": solved(model, sets["test"]), "prose": nats(model, sets["prose test"])}
 
         answers = partial(Causal, likelihood=Likelihood(drop=Answers()))
-        steering = Steering(partial(SourceWeights, groups=len(SHARES)), answers, 30.0, {"every": 5, "after": 0 if quick else 50})
+        steering = Steering(partial(SourceWeights, groups=len(SHARES)), answers, 60.0, {"every": 5, "after": 0 if quick else 20})
         given, wrong = (Feedback(Source(shards[name]), 32) for name in ("feedback", "shuffled"))
-        found, wants = arms(partial(deepcopy, first), Causal, steering, data, given, wrong, judge, steps, seed, RATE, batch_size=32)
+        found, wants = arms(
+            partial(deepcopy, first), Causal, steering, data, given, wrong, judge, steps, seed, RATE / 2, batch_size=32
+        )
         oracle = {name: data[name] for name in ("prose", "right")}
         direct = {**data, "feedback": Source(shards["feedback"], weight=0.15)}
         for name, sources in (("oracle", oracle), ("trained on feedback", direct)):
-            found[name] = dict(judge(trained(deepcopy(first), Causal, sources, steps, seed, RATE, batch_size=32)[0].backbone))
+            found[name] = dict(judge(trained(deepcopy(first), Causal, sources, steps, seed, RATE / 2, batch_size=32)[0].backbone))
         found["before"] = dict(judge(first))
     return found, wants
 

@@ -86,7 +86,8 @@ def arms(
     """Arm -> figures of the judge; and what the designer of V-Pretraining wants in the end.
 
     fresh: the learner, always with the same weights. given: the feedback; wrong: the same with shuffled labels. "plain, as long"
-    learns for as many steps as fit into the processor time that V-Pretraining took. plain: what both learn, where it is not `inner`.
+    learns for as many steps as fit into the processor time that V-Pretraining took. plain: what both of them learn, where it is not
+    `inner`.
     """
 
     def go(objective: Make, steps: int = steps, feedback: Feedback | None = None) -> tuple[Pretrainer, float]:
