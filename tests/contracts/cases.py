@@ -393,10 +393,16 @@ OBJECTIVES = {
         objectives.Agreeing, inner=partial(Contrastive, pairs=[("image", "text", 1), ("image", "audio", 0.5)]), modality="image"
     ),
     "CommonMinima": partial(objectives.CommonMinima, inner=partial(Weighted, parts=PARTS)),
+    "Episodes": partial(objectives.Episodes, inner=partial(Weighted, parts=PARTS)),
     "Harmonised": partial(objectives.Harmonised, inner=partial(Weighted, parts=PARTS)),
-    "Probed": partial(objectives.Probed, label=modalities.Category(3)),
+    "Probed": partial(objectives.Probed, label=modalities.Category(3), through=False),
     "Probed numbers": partial(
-        objectives.Probed, label=modalities.Numbers(["a", "b"]), modality="audio", unit="token", context=["text"], through=False
+        objectives.Probed, label=modalities.Numbers(["a", "b"]), modality="audio", unit="token", context=["text"]
+    ),
+    "VPretraining": partial(
+        objectives.VPretraining,
+        inner=partial(Masked, modality="image"),
+        feedback=partial(objectives.Probed, label=modalities.Category(3)),
     ),
     "Transformed turned": partial(objectives.Transformed, modality="image", transform=transformed.Rotation()),
     "Transformed order": partial(objectives.Transformed, modality="text", transform=transformed.Permutation(3)),
