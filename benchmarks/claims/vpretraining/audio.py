@@ -122,7 +122,7 @@ TASK = Mixture(
     partial(Contrastive, a="audio", b="other"),
     partial(Contrastive, a="audio", b="other", positives=partial(SameLabel, label=Category(SPEAKERS, "voice"))),
     64,
-    300.0,
+    150.0,
     {"every": 5, "after": 5},
     ["audio", "other"],
     split,

@@ -2,6 +2,8 @@
 
 The 1,797 scans of scikit-learn, 500 of them to test, 15 % of the others with labels. Where pictures have grounds, those tell them
 apart more easily than digits do, and a learner without labels may take to either.
+
+Settings were chosen on seed 100 by other 500 digits than those that reported seeds are tested on.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from headwater.objectives import Probed
 from headwater.trunk import Trunk
 
 TEST, LABELLED, SIDE, BATCH = 500, 0.15, 32, 128
-CLASSES = {"digit": 10, "loop": 2, "ground": 5}
-LOOPS = (0, 6, 8, 9)
+TUNED = 100  # the seed on which settings were chosen
+CLASSES = {"digit": 10, "ground": 5}
 Figures = dict[str, dict[str, float]]
 Wants = dict[str, list[float]]
 
@@ -48,7 +50,7 @@ class Run(NamedTuple):
 
 def pictures(style: str, seed: int) -> list[trial.Members]:
     """Every digit in white, "bare" on black or on a "grey" of its own, 40 to 180 of 255, and what is known of it: "digit",
-    whether it has a "loop", and which fifth of its range its "ground" is."""
+    and which fifth of its range its "ground" is."""
     from PIL import Image as Pictures
 
     members, digit = trial.digits()
@@ -58,7 +60,7 @@ def pictures(style: str, seed: int) -> list[trial.Members]:
         ink = 1 - np.asarray(Pictures.open(BytesIO(member["png"])).convert("L").resize((SIDE, SIDE)), np.float64) / 255
         grey, file = 40 + 140 * share if style == "grey" else 0.0, BytesIO()
         Pictures.fromarray((grey + ink * (255 - grey)).astype(np.uint8)).save(file, "png")
-        told = {"digit": number, "loop": int(number in LOOPS)} | ({"ground": int(share * CLASSES["ground"])} if style == "grey" else {})
+        told = {"digit": number} | ({"ground": int(share * CLASSES["ground"])} if style == "grey" else {})
         found.append({"png": file.getvalue(), "json": json.dumps(told).encode()})
     return found
 
@@ -95,9 +97,10 @@ class Judge:
         return found
 
 
-def seeded(run: Run, seed: int, other: bool = False) -> tuple[Figures, Wants]:
-    """All arms of one seed, and what the designer wants in the end. other: one more arm, with feedback about the ground."""
-    styles = {style: pictures(style, seed) for style in run.sources}
+def seeded(run: Run, seed: int) -> tuple[Figures, Wants]:
+    """All arms of one seed, and what the designer wants in the end."""
+    whole = {style: pictures(style, seed) for style in run.sources}
+    styles = whole if seed == TUNED else {style: members[TEST:] + members[:TEST] for style, members in whole.items()}
     first = next(iter(styles.values()))
     few = [first[k] for k in np.random.default_rng(seed).permutation(len(first) - TEST)[: round(LABELLED * (len(first) - TEST))]]
     judge, fresh = Judge(first[:-TEST], first[-TEST:]), partial(learner, seed)
@@ -121,7 +124,7 @@ def report(name: str, claim: str, run: Run, quick: bool) -> None:
     figures: dict[str, list[float]] = {}
     beside: dict[str, dict[str, list[float]]] = {}
     wants = []
-    for seed in [100] if quick else range(5):
+    for seed in [TUNED] if quick else range(5):
         found, wanted = seeded(run, seed)
         wants.append(wanted)
         for arm, said in found.items():

@@ -23,11 +23,11 @@ Judge = Callable[[Model], dict[str, float]]
 
 
 class Mixture(NamedTuple):
-    """shares: source -> share of the samples, the right one first. made: the learner of a seed. inner: what it learns.
-    feedback: the loss that shall fall; rows: samples of a batch of it. rate: of the designer, as a factor on the learner's. options:
-    further arguments of VPretraining. views:
-    modalities of which sources give random views. split: seed -> the samples of all sources, of "feedback" and, with labels that
-    tell nothing, "shuffled"; and the judge, whose first figure is asked for, while the others stand beside it."""
+    """shares: source -> share of the samples, the right one first. made: the learner of a seed. inner: what it learns. feedback:
+    the loss that shall fall; rows: samples of a batch of it. rate: of the designer, as a factor on the learner's. options:
+    further arguments of VPretraining. views: modalities of which sources give random views. split: seed -> the samples of
+    all sources, of "feedback" and, with labels that tell nothing, "shuffled"; and the judge, whose first figure is asked
+    for, while the others stand beside it."""
 
     shares: Mapping[str, float]
     made: Callable[[int], Model]

@@ -1,10 +1,17 @@
-"""V-Pretraining on masked pictures: a few labels tell what should be asked of hidden patches.
+"""V-Pretraining on masked pictures: could a few labels tell what should be asked of hidden patches? Not this way.
 
 Handwritten digits on grounds of any grey. A masked autoencoder (He et al. 2021, arXiv:2111.06377) is asked for hidden patches in
 two ways at once: for their values, in which the ground is what matters most, and for their values with mean 0 and deviation 1,
 which are strokes alone. The designer has one weight per target, equal at first. Feedback: 15 % of the pictures with their digits;
 measured is a linear probe of digits on 500 others. Controls: equal weights (plain, also for as long as V-Pretraining takes), a
 designer that moves at random, feedback with shuffled labels. Reference: an oracle that is asked for strokes alone.
+
+Seen on seed 100: plain .712, random .740, shuffled .784, V-Pretraining .616, oracle .838. There is much to win, and the value does
+not show it: along a plain run the cosine between the feedback's gradient and that of either target is between -.04 and .04, +- .04
+to .15, in windows of 80 steps, no other for shuffled labels, with Adam's scale of each weight or without. At half the learning
+rate and with an easier label (closed loops) it is no better. So the designer goes where chance sends it, and where it sends it
+matters. The probe of 194 labelled pictures explains 2 to 8 % of the digits, so little of the feedback's gradient is about them;
+and masked prediction changes what pooled features say slowly, over hundreds of steps.
 
     python -m benchmarks.claims.vpretraining.vision_mae [--quick]
 """
