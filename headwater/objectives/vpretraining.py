@@ -60,6 +60,7 @@ class VPretraining(Wrapped):
         control: an honest control run. "random": phi moves by noise of the size of its gradient; "still": the designer stays as
             it starts. A third control, feedback with shuffled labels, is `shuffled` of the data's feedback.
         labels: keys of the feedback that `against` shuffles; None = the labels that the feedback objective reads.
+        direction: what becomes of g_down before the value is taken along it, such as Neumann; None = it stays.
     """
 
     def __init__(
@@ -87,14 +88,9 @@ class VPretraining(Wrapped):
             )
         self.feedback = feedback(model)
         self.designer = designer(model, self.inner) if designer else Designer()
-        self.estimator, self.every, self.after, self.where, self.piece_count = (
-            estimator or Difference(),
-            every,
-            after,
-            where,
-            pieces,
-        )
-        self.budget, self.against, self.control, self.direction = budget, against, control, direction
+        self.estimator, self.piece_count, self.budget = estimator or Difference(), pieces, budget
+        self.every, self.after, self.where, self.against = every, after, where, against
+        self.control, self.direction = control, direction
         self.feedback_needs = self.feedback.needs
         self.readers = merged({"inner": self.inner.readers, "feedback": self.feedback.readers, "designer": self.designer.readers})
         self.views = merged({"inner": self.inner.views, "feedback": self.feedback.views})
@@ -120,11 +116,12 @@ class VPretraining(Wrapped):
         feedback = {**batch["feedback"], **run}
         moves = step >= self.after and self.control != "still" and any(True for _ in self.designer.parameters())
         if moves and self.budget is not None and self.chosen < 0:
-            self._choose(probe, model, found, feedback)
+            self._choose(probe, model, found, feedback, self.budget)
         direction = self._direction(probe, model, feedback)
         probe.watch(direction)
         if moves:
-            estimator, pieces = CANDIDATES[int(self.chosen)] if self.chosen >= 0 else (self.estimator, self.piece_count)
+            chosen = None if self.budget is None else int(self.chosen)
+            estimator, pieces = (self.estimator, self.piece_count) if chosen is None else CANDIDATES[chosen]
             part = piece(found, pieces, step // self.every)
             if self.direction is not None:
                 direction = self.direction(probe, self._ask(probe, model, part), direction)
@@ -173,7 +170,7 @@ class VPretraining(Wrapped):
             slopes = noise_like(probe, slopes, random.seed_of(probe.seed, 1))
         probe.hand(phi, [-g for g in slopes])
 
-    def _choose(self, probe: Probe, model: Model, batch: Batch, feedback: Batch) -> None:
+    def _choose(self, probe: Probe, model: Model, batch: Batch, feedback: Batch, budget: float) -> None:
         """The first candidate within the budget, or the last one; all ranks follow the clock of the first."""
         phi = [p for p in self.designer.parameters() if p.requires_grad]
         plain = spent(lambda: probe.gradient(self._ask(probe, model, batch), probe.theta), probe)
@@ -188,9 +185,9 @@ class VPretraining(Wrapped):
             said = f"{type(estimator).__name__} on 1/{pieces} of the batch"
             rank_zero_info(f"V-Pretraining by {said} every {self.every} steps adds {cost:.0%} to a plain step")
             self.chosen.fill_(number)
-            if cost <= (self.budget or 0):
+            if cost <= budget:
                 return
-        rank_zero_warn(f"no estimator keeps the budget of {self.budget:.0%}; raise `every`, or make the batch of feedback smaller")
+        rank_zero_warn(f"no estimator keeps the budget of {budget:.0%}; raise `every`, or make the batch of feedback smaller")
 
     def look(self, model: Model, batch: Batch) -> Any:
         return self.designer.look(self.inner, model, batch, False)
