@@ -48,6 +48,7 @@ class Way(NamedTuple):
 
 
 PLAIN = "plain"
+Texts = tuple[Tensor, Tensor]  # ids (rows, length) to learn from, and of the feedback
 LAST = r"blocks\.5\.|trunk\.norm"
 WAYS = {
     "double backward": Way(Double()),
@@ -75,7 +76,9 @@ def main(words: list[str] | None = None) -> None:
         print(peak(asked.peak, shape))
         return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, threads {asked.threads}")
-    rows = {PLAIN: steps(None, shape), **{name: steps(way, shape) for name, way in WAYS.items()}}
+    train, test = batches(shape, 1)
+    texts = train[0], test
+    rows = {PLAIN: steps(None, shape, texts), **{name: steps(way, shape, texts) for name, way in WAYS.items()}}
     shares: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds + 1):
         seconds = {}
@@ -87,7 +90,7 @@ def main(words: list[str] | None = None) -> None:
                 shares[name].append(seconds[name] / seconds[PLAIN])
     found = {name: round(statistics.median(values), 3) for name, values in shares.items()}
     memory = {name: measured(name, ["--quick"] * asked.quick) for name in rows}
-    agreement = truths(shape)
+    agreement = truths(shape, texts)
     for name, way in WAYS.items():
         share = memory[name] / memory[PLAIN]
         target = f"; target {way.most}: {'reached' if found[name] <= way.most else 'missed'}" if way.most else ""
@@ -99,9 +102,9 @@ def main(words: list[str] | None = None) -> None:
     print(json.dumps({**line, "MiB": memory, "cosine": agreement, "threads": asked.threads, "shape": shape}))
 
 
-def steps(way: Way | None, shape: dict[str, int]) -> Any:
+def steps(way: Way | None, shape: dict[str, int], texts: Texts) -> Any:
     """A function that makes one optimizer step; every `way.every`-th has feedback."""
-    trained, batch, feedback = made(way, shape)
+    trained, batch, feedback = made(way, shape, texts)
     optimizer = torch.optim.AdamW(Groups().of(trained), lr=1e-4, betas=(0.9, 0.95), fused=True)
     plain = stepping(trained, batch, optimizer, clip=1.0)
     if way is None:
@@ -114,24 +117,24 @@ def steps(way: Way | None, shape: dict[str, int]) -> Any:
     return step
 
 
-def made(way: Way | None, shape: dict[str, int]) -> tuple[Pretrainer, dict[str, Any], dict[str, Any]]:
+def made(way: Way | None, shape: dict[str, int], texts: Texts) -> tuple[Pretrainer, dict[str, Any], dict[str, Any]]:
     """What is trained, a batch, and a batch of feedback."""
     model, _ = pair("gpt2", shape)
-    train, test = batches(shape, 1)
+    train, test = texts
     rows = max(1, round(shape["rows"] * (way.feedback if way else 1)))
     run = {"progress": 0.5, "step": 100}
     if way is None:
-        return Pretrainer(model, Causal), {**tokens(train[0]), **run}, {}
+        return Pretrainer(model, Causal), {**tokens(train), **run}, {}
     options = {"estimator": way.estimator, "every": way.every, "pieces": way.pieces, "where": way.where}
     trained = Pretrainer(model, partial(VPretraining, inner=Causal, feedback=Causal, designer=SoftTargets, **options))
-    return trained, {**tokens(train[0]), **run}, tokens(test[:rows])
+    return trained, {**tokens(train), **run}, tokens(test[:rows])
 
 
-def truths(shape: dict[str, int]) -> dict[str, float]:
+def truths(shape: dict[str, int], texts: Texts) -> dict[str, float]:
     """Cosine of each row's gradient by the designer with the exact one on the whole batch."""
     slopes = {}
     for name, way in WAYS.items():
-        trained, batch, feedback = made(way, shape)
+        trained, batch, feedback = made(way, shape, texts)
         probe, objective = Probe(trained, trained.backbone, trained.call), trained.objective
         probe.among(way.where)
         with torch.no_grad():
@@ -147,7 +150,8 @@ def truths(shape: dict[str, int]) -> dict[str, float]:
 
 def peak(row: str, shape: dict[str, int]) -> float:
     """Mebibytes that three steps take at most above what lies there after the first."""
-    step = steps(WAYS.get(row), shape)
+    ids = torch.randint(shape["vocab"] - 1, (shape["rows"], shape["length"]), generator=torch.Generator().manual_seed(0))
+    step = steps(WAYS.get(row), shape, (ids, ids))
     step()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = held("VmRSS")
