@@ -19,7 +19,7 @@ def load(
 ) -> Iterator[dict[str, Any]]:
     """Batches as a training run gets them on its device, before floats are made of them there."""
     data = ShardDataModule({"bench": Source(folder)}, batch_size=batch, workers=workers, pack=pack)
-    module = SimpleNamespace(readers=readers, objective=SimpleNamespace(needs=tuple(readers), views={}))
+    module = SimpleNamespace(readers=readers, objective=SimpleNamespace(needs=tuple(readers), views={}, feedback_needs=()))
     trainer: Any = SimpleNamespace(lightning_module=module, global_step=0)
     data.trainer = trainer  # all that the data module asks of one
     data.setup("fit")

@@ -62,7 +62,7 @@ class ShardDataset(IterableDataset):
             **{name: batch[name] for name in names},
             "sample": torch.tensor([one.number for one in read] or [NOBODY], dtype=torch.int64),
             "seed": torch.tensor([one.seed for one in read] or [0], dtype=torch.int64),
-            "source": torch.tensor([self.plan.sources[k].number for k in mine.source.tolist()] or [0], dtype=torch.int64),
+            "origin": torch.tensor([self.plan.sources[k].number for k in mine.source.tolist()] or [0], dtype=torch.int64),
             "faults": [fault for one in read for fault in one.faults],
         }
 

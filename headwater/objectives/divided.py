@@ -37,7 +37,7 @@ class Groups:
         key: batch entry (S,) of the number of each sample's group.
     """
 
-    def __init__(self, number: int, key: str = "source") -> None:
+    def __init__(self, number: int, key: str = "origin") -> None:
         if number < 2:
             raise ValueError(f"found {number} groups; expected two or more")
         self.number, self.key = number, key

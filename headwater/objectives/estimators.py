@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from headwater import distributed
 from headwater.attention import higher_order
+from headwater.init import ONE, Rule
 from headwater.objectives.probe import Ask, Probe, total
 
 
@@ -87,6 +88,9 @@ class Difference(Estimator):
         self.relative, self.sides = relative, sides
         self.factor: Tensor
         self.register_buffer("factor", torch.ones((), dtype=torch.float64))  # on the step; `Checked` changes it
+
+    def init_rules(self) -> dict[str, Rule]:
+        return {"factor": ONE}
 
     def forward(
         self, probe: Probe, ask: Ask, direction: Sequence[Tensor], phi: Sequence[nn.Parameter]

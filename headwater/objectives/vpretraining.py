@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from headwater import distributed, random
+from headwater.init import Rule, constant
 from headwater.model import Model
 from headwater.objectives.designers.designer import Designer
 from headwater.objectives.directions import Direction
@@ -100,6 +101,9 @@ class VPretraining(Wrapped):
             raise ValueError(f"{type(self.feedback).__name__} reads no labels that could be shuffled; name keys in `labels`")
         self.chosen: Tensor
         self.register_buffer("chosen", torch.tensor(-1))  # which candidate the budget allows; part of the checkpoint
+
+    def init_rules(self) -> dict[str, Rule]:
+        return {"chosen": constant(-1)}
 
     def start(self, model: Model) -> None:
         self.inner.start(model)

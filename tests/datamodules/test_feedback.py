@@ -58,7 +58,7 @@ def test_it_comes_every_so_many_steps_in_an_order_of_its_own(labelled):
     made = list(islice(module(labelled).train_dataloader(), 12))
     assert [step for step, batch in enumerate(made) if "feedback" in batch] == [0, 3, 6, 9]
     fed = [made[step]["feedback"] for step in (0, 3, 6, 9)]
-    assert all(set(one) == {"text", "label", "sample", "seed", "source"} for one in fed)
+    assert all(set(one) == {"text", "label", "sample", "seed", "origin"} for one in fed)
     met = torch.cat([one["sample"] for one in fed])
     assert set((met >> 40).tolist()) == {2}  # behind the two sources of training
     assert len(met[:22].unique()) == 22
@@ -100,7 +100,7 @@ def test_more_ranks_than_samples_still_have_every_key(labelled):
     plan = module(labelled)
     part = FedDataset(ShardDataset(plan.plan, 9, 10), plan.fed, 1).batch(0)["feedback"]
     assert part["sample"].tolist() == [-1]
-    assert part["source"].tolist() == [0]
+    assert part["origin"].tolist() == [0]
     assert not part["label"].real().any()
     assert not part["text"].real().any()
 
@@ -129,8 +129,8 @@ def test_shuffled_labels_belong_to_another_sample_for_ever(labelled):
 def test_every_sample_tells_its_source(labelled):
     made = list(islice(module(labelled, unit="sample", batch_size=6).train_dataloader(), 3))
     for batch in made:
-        assert batch["source"].tolist() == (batch["sample"] >> 40).tolist()
-    assert {0, 1} == {k for batch in made for k in batch["source"].tolist()}
+        assert batch["origin"].tolist() == (batch["sample"] >> 40).tolist()
+    assert {0, 1} == {k for batch in made for k in batch["origin"].tolist()}
 
 
 def test_faults_of_feedback_are_counted(tmp_path):

@@ -145,7 +145,7 @@ def stepped(rows, name, split=False, fuse=None, prepare=True, **options):
     pretrainer = Pretrainer(model, partial(CommonMinima, inner=INNER[name], **options)).double()
     readers = cases.readers(model, pretrainer.objective)
     rows = rows[distributed.rank()]
-    batch = cases.batch(readers, cases.examples(readers, 7), rows) | {"source": torch.tensor(rows) % 2, "progress": 0.5, "step": 4}
+    batch = cases.batch(readers, cases.examples(readers, 7), rows) | {"origin": torch.tensor(rows) % 2, "progress": 0.5, "step": 4}
     if split and distributed.world() > 1:
         shard(pretrainer, init_device_mesh("cpu", (distributed.world(),)))
     probe = Probe(pretrainer, pretrainer.backbone, pretrainer.call, 3)

@@ -120,7 +120,7 @@ def made(inner, rows=None, fuse=None, **options):
     readers = cases.readers(model, pretrainer.objective)
     rows = list(range(7)) if rows is None else rows
     batch = cases.batch(readers, cases.examples(readers, 7), rows)
-    return pretrainer, {**batch, "source": torch.tensor(rows) % 2, "progress": 0.5, "step": 4}
+    return pretrainer, {**batch, "origin": torch.tensor(rows) % 2, "progress": 0.5, "step": 4}
 
 
 def stepped(pretrainer, batch, micro=1, prepare=True):
@@ -209,7 +209,7 @@ def test_groups_of_samples_are_parts():
         terms = pretrainer.ask(pretrainer.hide(batch))
         weighted_sum(terms, count([{n: t.number for n, t in terms.items()}]), 1).backward()
         halves.append(torch.cat([p.grad.flatten() for p in pretrainer.backbone.encoder("text").parameters()]))
-    assert_close(told["cosine/source0:source1"], torch.cosine_similarity(*halves, 0))
+    assert_close(told["cosine/origin0:origin1"], torch.cosine_similarity(*halves, 0))
 
 
 SHARES = [[0, 2, 3, 5, 6], [1, 4]]

@@ -54,7 +54,7 @@ def made(inner, designer, feedback=named, rows=None, fuse=None, **options):
     batch = cases.batch(readers, samples, rows)
     held = cases.batch(readers, samples, [7 + k for k in range(5) if k % distributed.world() == distributed.rank()])
     source = torch.tensor(rows) % 2
-    return pretrainer, {**batch, "source": source, "feedback": held, "progress": 0.5, "step": 4}
+    return pretrainer, {**batch, "origin": source, "feedback": held, "progress": 0.5, "step": 4}
 
 
 def probe_of(pretrainer):

@@ -27,7 +27,7 @@ class SourceWeights(Designer):
         key: batch entry (S,) of the number of each sample's group.
     """
 
-    def __init__(self, model: Model, inner: Objective, groups: int, key: str = "source") -> None:
+    def __init__(self, model: Model, inner: Objective, groups: int, key: str = "origin") -> None:
         super().__init__()
         if groups < 2:
             raise ValueError(f"found {groups} groups; expected two or more to weigh against each other")

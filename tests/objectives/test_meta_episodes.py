@@ -29,7 +29,7 @@ def made(rows, inner=PARTS, fuse=None, **options):
     pretrainer = Pretrainer(model, partial(Episodes, inner=inner, **{"share": 1.0, "steps": 2, "rate": 0.05, **options})).double()
     readers = cases.readers(model, pretrainer.objective)
     batch = cases.batch(readers, cases.examples(readers, 9), rows)
-    return pretrainer, {**batch, "source": torch.tensor(rows) % 2, "progress": 0.5, "step": 4}
+    return pretrainer, {**batch, "origin": torch.tensor(rows) % 2, "progress": 0.5, "step": 4}
 
 
 def handed(rows, split=False, **options):
