@@ -13,7 +13,7 @@ from headwater.model import Model, Reader
 from headwater.tokens import Tokens, split_rows
 from headwater.view import View
 
-Batch = dict[str, Any]  # modality -> Tokens; "seed", "sample", "origin" (S,) int64; "progress" float, "step" int; and what `task` adds
+Batch = dict[str, Any]  # modality -> Tokens; "seed", "sample", "origin" (S,) int64; "progress", "step"; and what `task` adds
 
 
 class Curve:
