@@ -262,6 +262,7 @@ def test_a_stopped_run_ends_like_the_uninterrupted_one(here, number):
         assert Path("straight/clip/000", name).read_bytes() == Path("killed/clip/000", name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_devices_need_only_one_option(here):
     run = launch(*SMALL, *TINY, "--trainer.devices", "2")
     said = run.communicate()[0]

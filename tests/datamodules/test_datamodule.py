@@ -78,7 +78,7 @@ def test_workers_are_let_go_at_exit_of_evaluations_too(inference, monkeypatch):
     assert loader.dataset.closing
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
+@pytest.mark.parametrize("start", ["fork", *(pytest.param(way, marks=pytest.mark.slow) for way in ("spawn", "forkserver"))])
 def test_workers_may_be_started_in_any_way(start):
     plain = [digest(b) for b in islice(module().train_dataloader(), 5)]
     loaded = module(workers=2, start=start).train_dataloader()
